@@ -1,9 +1,12 @@
-"""Evaluation, validation and diagnosis see PyTorch's flags for TF32 off, and leave them as they were."""
+"""Evaluation, validation and diagnosis run without TF32, and leave what a program has set as it was."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -11,107 +14,68 @@ import torch
 from torch import Tensor, nn
 
 from rnode_plugin import Adaptive, FixedGrid, TableFlow, diagnose, get_recipe
-from rnode_plugin.core.tf32 import without_tf32
 from rnode_plugin.experiments.evaluation.likelihood import evaluate
+from rnode_plugin.experiments.precision import without_tf32
 from rnode_plugin.experiments.recipes.recipe import TableData
 from rnode_plugin.experiments.training.step import measure_batch
 
 BACKENDS: Any = torch.backends
-HAS_PARTS = hasattr(BACKENDS.cuda.matmul, "fp32_precision")
 TABLE = TableData("known", ("a", "b"))
+PARTS = ("cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.conv", "mkldnn.rnn", "mkldnn.matmul")
 
 
-def flags() -> dict[str, object]:
-    """PyTorch's flags as a program reads them; a flag that cannot be read is an error by PyTorch."""
-    found: dict[str, object] = {}
-    for name, read in {
-        "convolutions": lambda: BACKENDS.cudnn.allow_tf32,
-        "products": lambda: BACKENDS.cuda.matmul.allow_tf32,
-        "precision": torch.get_float32_matmul_precision,
-        **{part: lambda part=part: precision_of(part) for part in ("conv", "rnn", "matmul", "cpu")},
-    }.items():
-        try:
-            found[name] = read()
-        except RuntimeError:
-            found[name] = "unreadable"
-    return found
+def precisions() -> dict[str, str]:
+    """The precision of each part, its own or the inherited one."""
+    return {part: attrgetter(part)(BACKENDS).fp32_precision for part in PARTS}
 
 
-def precision_of(part: str) -> str:
-    if not HAS_PARTS:
-        return "as the older flags say"
-    owner = {"matmul": BACKENDS.cuda.matmul, "cpu": BACKENDS.mkldnn.matmul}
-    return (owner.get(part) or getattr(BACKENDS.cudnn, part)).fp32_precision
-
-
-OFF = {"convolutions": False, "products": False, "precision": "highest"}
+WHOLE = dict.fromkeys(PARTS, "ieee")
 
 
 class Recording(nn.Module):
-    """A field that notes the flags of each evaluation."""
+    """A field that notes the precisions of each evaluation."""
 
-    def __init__(self, seen: list[dict[str, object]]) -> None:
+    def __init__(self, seen: list[dict[str, str]]) -> None:
         super().__init__()
         self.inner, self.seen = nn.Linear(2, 2), seen
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        self.seen.append(flags())
+        self.seen.append(precisions())
         return torch.tanh(self.inner(z))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """The flags of a fresh process after the test."""
+    """The default of a process after the test, in which no part has a precision of its own."""
     yield
-    if HAS_PARTS:
-        BACKENDS.fp32_precision = "none"
-        for part in (BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.rnn, BACKENDS.cuda.matmul):
-            part.fp32_precision = "none"
-    BACKENDS.cudnn.allow_tf32 = True
-    torch.set_float32_matmul_precision("highest")
+    BACKENDS.fp32_precision = "none"
 
 
-def by_the_parts() -> None:
-    BACKENDS.cudnn.conv.fp32_precision = "ieee"
+@pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
+@pytest.mark.parametrize("later", ["ieee", "tf32"])
+def test_parts_inherit_after_it_as_before(setting: str, later: str) -> None:
+    BACKENDS.fp32_precision = setting
+    before = precisions()
+    with without_tf32():
+        with pytest.raises(ZeroDivisionError), without_tf32():
+            _ = 1 / (precisions() == WHOLE and 0)
+        assert precisions() == WHOLE
+    assert (BACKENDS.fp32_precision, precisions()) == (setting, before)
+    BACKENDS.fp32_precision = later
+    assert precisions() == dict.fromkeys(PARTS, later)
 
 
-def by_the_root() -> None:
-    BACKENDS.fp32_precision = "tf32"
-
-
-SETTINGS: dict[str, Callable[[], object]] = {
-    "fresh": lambda: None,
-    "products too": lambda: torch.set_float32_matmul_precision("high"),
-    "bfloat16 on a CPU": lambda: torch.set_float32_matmul_precision("medium"),
-    "off": lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
-    **({"one part alone": by_the_parts, "all by the root": by_the_root} if HAS_PARTS else {}),
-}
-
-
-@without_tf32()
-def flags_inside() -> dict[str, object]:
-    """The flags in a context, in which another one and an error leave them as they are."""
-    inside = flags()
-    with pytest.raises(ZeroDivisionError), without_tf32():
-        _ = 1 / (flags() != inside)  # an error if they are equal
-    assert flags() == inside
-    return inside
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.usefixtures("restored")
-def test_the_flags_are_off_inside_and_as_before_after(setting: str) -> None:
-    SETTINGS[setting]()
-    before = flags()
-    inside = flags_inside()
-    assert {name: inside[name] for name in OFF} == OFF
-    if HAS_PARTS:
-        assert {inside[part] for part in ("conv", "rnn", "matmul", "cpu")} == {"ieee"}
-    assert flags() == before
+def test_a_precision_of_one_part_is_kept() -> None:
+    code = (
+        "import torch; from rnode_plugin.experiments.precision import without_tf32; "
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "with without_tf32():\n    print(torch.backends.cuda.matmul.fp32_precision)"
+    )  # in a process of its own, where torch can put back no precision that a part inherited
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"tf32\n"
 
 
 @pytest.fixture
-def recorded() -> tuple[TableFlow, list[dict[str, object]]]:
+def recorded() -> tuple[TableFlow, list[dict[str, str]]]:
     torch.manual_seed(0)
     flow, seen = TableFlow(2, hidden=3, solver=Adaptive("dopri5", atol=1e-3, rtol=1e-3)), []
     flow.fields[0] = Recording(seen)
@@ -121,11 +85,9 @@ def recorded() -> tuple[TableFlow, list[dict[str, object]]]:
 ROWS = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.usefixtures("restored")
-def test_evaluations_and_diagnoses_see_them_off(recorded: Any) -> None:
+def test_evaluations_and_diagnoses_run_without_it(recorded: Any) -> None:
     flow, seen = recorded
-    torch.set_float32_matmul_precision("high")
-    before = flags()
+    BACKENDS.fp32_precision = "tf32"
     for measure in (
         lambda: evaluate(flow, ROWS, settings=TABLE, training_solver=FixedGrid("rk4", step=0.5)),
         lambda: diagnose(flow, ROWS[:8]),
@@ -133,18 +95,17 @@ def test_evaluations_and_diagnoses_see_them_off(recorded: Any) -> None:
         seen.clear()
         measure()
         assert seen
-        assert all(each["products"] is each["convolutions"] is False for each in seen)
-        assert flags() == before
+        assert all(precision == WHOLE for precision in seen)
+        assert precisions() == dict.fromkeys(PARTS, "tf32")
 
 
-@pytest.mark.usefixtures("restored")
-def test_a_validation_sees_them_off_but_for_the_training_solver(recorded: Any) -> None:
+def test_a_validation_runs_without_it_but_for_the_training_solver(recorded: Any) -> None:
     flow, seen = recorded
-    torch.set_float32_matmul_precision("high")
-    for solver, expected in ((flow.solver, {False}), (FixedGrid("rk4", step=0.5), {False, True})):
+    BACKENDS.fp32_precision = "tf32"
+    for solver, expected in ((flow.solver, {"ieee"}), (FixedGrid("rk4", step=0.5), {"ieee", "tf32"})):
         seen.clear()
         recipe = dataclasses.replace(get_recipe("table"), data=TABLE, solver=solver)
         with torch.no_grad():
             measure_batch(flow, recipe, ROWS[:20], index=0)
-        assert {each["products"] for each in seen} == expected
-        assert flags()["products"] is True
+        assert {precision["cudnn.conv"] for precision in seen} == expected
+        assert BACKENDS.fp32_precision == "tf32"

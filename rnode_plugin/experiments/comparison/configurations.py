@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from ...core.schedules import strength_text
 from ...errors import ConfigError, suggest
 from ...plugins import registry
-from ...validation import refused
 from ..recipes.recipe import Recipe, read_strength
+from ..validation import refused
 
 _EXAMPLE = '{"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}'
 

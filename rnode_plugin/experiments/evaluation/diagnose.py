@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ...core.objective import FlowOutput
-from ...core.tf32 import without_tf32
 from ...core.trace_estimators import Exact, TraceEstimator
 from ...errors import ConfigError, SolverError
 from ...flows.density import DensityModel
 from ...flows.map_jacobian import MOST_DIMS, jacobian_of, log_abs_det
 from ...solvers import Adaptive, Solver
+from ..precision import without_tf32
 from ..random_streams import Stream, seeded
 from .solver_gap import measure_solver_gap
 

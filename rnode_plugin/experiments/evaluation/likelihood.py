@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ...core.derivatives import Field
 from ...core.objective import FlowOutput, per_dim
-from ...core.tf32 import without_tf32
 from ...core.trace_estimators import Exact, Hutchinson
 from ...errors import ConfigError, check_count
 from ...flows.density import DensityModel
 from ..data.arrays import ImageArray
+from ..precision import without_tf32
 from ..random_streams import Stream, seeded
 from ..recipes.images import settings_of
 from ..recipes.kind import Kind

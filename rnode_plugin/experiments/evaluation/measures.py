@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from ...validation import NULL_IS_NAN
 from ..recipes.recipe import KINDS
+from ..validation import NULL_IS_NAN
 
 if TYPE_CHECKING:
     from ..data import ImageData, Table

@@ -34,8 +34,8 @@ from ...errors import ConfigError, DataError, PluginError, check_name
 from ...plugins import registry
 from ...solvers.solver import Adaptive, FixedGrid, Solver, get_solver, refuse
 from ...solvers.tableaus import ADAPTIVE_METHODS, METHODS
-from ...validation import refused
 from ..files import check_path_name, missing
+from ..validation import refused
 from .images import Data, Images, Model
 from .kind import Kind, SampleRequest
 from .rows import Rows, TableData, TableModel

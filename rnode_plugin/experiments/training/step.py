@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...core.objective import FlowOutput, objective, per_dim
 from ...core.schedules import final_strength, strength_at
-from ...core.tf32 import without_tf32
 from ...errors import ConfigError, SolverError
 from ...flows.density import DensityModel, FlowOfBlocks
 from ...solvers import HealthCheck, Solver, all_finite, check_all
 from ..evaluation.solver_gap import measure_solver_gap
+from ..precision import without_tf32
 from ..random_streams import Stream, seeded
 from ..recipes.settings import Training
 

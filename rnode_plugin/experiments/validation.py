@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BeforeValidator, ValidationError
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
