@@ -93,7 +93,7 @@ def test_nothing_in_the_file_is_executed(file: Path, tmp_path: Path) -> None:
     with refuses(CheckpointError, "code"):
         load_flow(file)
     file.write_bytes(pickle.dumps(_Bomb(tmp_path / "ran")))
-    with refuses(CheckpointError, "zip"):
+    with refuses(CheckpointError, "truncated"):
         load_flow(file)
     assert not (tmp_path / "ran").exists()
 
@@ -225,8 +225,9 @@ def test_a_tensor_claims_no_more_than_its_storage(file: Path, tmp_path: Path, pl
     contents.setdefault(place, {})["hashes"] = [torch.zeros(1, dtype=torch.int64).expand(10**9)]
     torch.save(contents, tmp_path / "last.ckpt")
     assert (tmp_path / "last.ckpt").stat().st_size < 100_000
-    with pytest.raises(CheckpointError, match="1000000000"):
+    with pytest.raises(CheckpointError) as caught:
         read_checkpoint(tmp_path / "last.ckpt")
+    assert "1000000000" in str(caught.value.__cause__)
 
 
 def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:

@@ -553,7 +553,7 @@ def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], t
     folder.parent.mkdir()
     runs[0].rename(folder)
     environment = dataclasses.replace(ENVIRONMENT, device="<img src=x onerror=alert(1)>")
-    write_environment(folder / "environment.json", environment, None)
+    write_environment(folder / "environment.json", environment, None, ())
     report = write_report([folder, *runs[1:]], tmp_path / "out", title="<Digits> & more")
     text = report.html.read_text()
     references = re.findall(r'(?:src|href)="([^"]*)"', text)

@@ -166,7 +166,12 @@ def _refuse_other(folder: Path, recipe: Recipe, facts: Facts) -> None:
     if run.is_described:
         if differ := differences(run.recipe(), recipe):
             raise ConfigError(f"{folder} has other settings ({', '.join(map(str, differ))}): choose another --out.")
-        if run.read().facts not in (None, facts):
+        contents = run.read()
+        if len(contents.parts) > 1:
+            raise ConfigError(
+                f"{folder} has changed its settings at step {contents.parts[1].first}: choose another --out."
+            )
+        if contents.facts not in (None, facts):
             raise ConfigError(f"{folder} was trained on other data, or with another split: choose another --out.")
     elif run.has_checkpoints:
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")

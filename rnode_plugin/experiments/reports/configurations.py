@@ -139,7 +139,6 @@ def _labels(runs: Sequence[RunContents]) -> list[str]:
             "name": run.recipe.name,
             "data": data_name(recipe),
             **settings_of(run),
-            "devices": str(run.devices),
             "hash": _measured(run) or "unknown",
             "training hash": (run.facts and run.facts.train) or "unknown",
         }

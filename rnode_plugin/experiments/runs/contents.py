@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..data.facts import Facts
 from ..evaluation.measures import Evaluation
+from ..recipes.parts import Part
 from ..recipes.recipe import Recipe
 from .environment import Environment
 from .metrics import Metrics
@@ -30,6 +31,7 @@ class RunContents:
         recipe: its settings.
         environment: versions, device and threads; None if unknown.
         facts: the facts of the data that it was trained on; None if unknown.
+        parts: the parts of the run, in which its settings do not change; empty if unknown.
         metrics: what was logged.
         result: the end of the run and the evaluation of its best weights; None for a run that has not ended.
         picture: the newest picture of samples; None if there is none.
@@ -39,6 +41,7 @@ class RunContents:
     recipe: Recipe
     environment: Environment | None
     facts: Facts | None
+    parts: tuple[Part, ...]
     metrics: Metrics
     result: Result | None
     picture: Picture | None

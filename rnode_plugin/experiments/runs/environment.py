@@ -6,9 +6,10 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter
 from ..._version import __version__
 from ...plugins import registry
 from ..data.facts import Facts
+from ..recipes.parts import Part
 from .texts import reading, write_json
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
@@ -73,23 +75,28 @@ class Environment:
         return {**plain.pop("packages"), **plain}
 
 
-def write_environment(path: Path, environment: Environment, facts: Facts | None) -> None:
-    """Write an ``environment.json``, with a copy of the facts in the checkpoints of the run."""
-    write_json(path, {**environment.to_plain(), "facts": None if facts is None else facts.to_plain()})
+def write_environment(path: Path, environment: Environment, facts: Facts | None, parts: Sequence[Part]) -> None:
+    """Write an ``environment.json``, with copies of the facts and the parts in the checkpoints of the run."""
+    of_run = {"facts": None if facts is None else facts.to_plain(), "parts": [each.to_plain() for each in parts]}
+    write_json(path, {**environment.to_plain(), **of_run})
 
 
-def read_environment(path: Path) -> tuple[Environment | None, Facts | None]:
-    """Read the environment and the facts in a file; None for each that is not there.
+def read_environment(path: Path) -> tuple[Environment | None, Facts | None, tuple[Part, ...]]:
+    """Read the environment, the facts and the parts in a file; None or empty for what is not there.
 
     Raises:
         ConfigError: the file cannot be read, or does not hold an environment.
     """
     with reading(path) as text:
         if text is None:
-            return None, None
+            return None, None, ()
         plain = TypeAdapter(dict[str, object]).validate_json(text)
         facts = Facts.from_plain(plain.pop("facts", None))
+        try:
+            parts = tuple(map(Part.from_plain, TypeAdapter(list[Any]).validate_python(plain.pop("parts", []))))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a part of the run lacks {error}") from None
         # a run of another version may have recorded other packages, so every name other than a field is a package
         own = {field.name for field in dataclasses.fields(Environment)}
         packages = {name: value for name, value in plain.items() if name not in own}
-        return TypeAdapter(Environment).validate_python({**plain, "packages": packages}), facts
+        return TypeAdapter(Environment).validate_python({**plain, "packages": packages}), facts, parts

@@ -30,6 +30,7 @@ class Result:
         training_seconds: time of all steps of the run, without validations.
         run_seconds: wall-clock time of the whole run, without the final evaluation.
         skipped: steps without a usable gradient, which changed nothing.
+        part: the key of the part of the run in which the last step was taken; None if it is not known.
         best_step, best_sha256: the step of the best weights, and the SHA-256 of their file, ``best.ckpt``; None
             without an evaluation.
         evaluation: likelihoods, NFE and penalties on the held-out samples. None after a signal, which a run
@@ -43,6 +44,7 @@ class Result:
     training_seconds: float
     run_seconds: float
     skipped: int
+    part: str | None = None
     best_step: int | None = None
     best_sha256: str | None = None
     evaluation: Evaluation | None = None

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..data.facts import Facts
+    from ..recipes.parts import Part
     from ..recipes.recipe import Recipe
     from .contents import RunContents
     from .environment import Environment
@@ -188,11 +189,13 @@ class Run:
             if each.is_symlink() or not (each in own or each.is_dir() or re.fullmatch(r"\..+\.tmp", each.name))
         ]
 
-    def describe(self, recipe: Recipe, environment: Environment, facts: Facts | None = None) -> None:
-        """Write recipe, environment and the facts of the data."""
+    def describe(
+        self, recipe: Recipe, environment: Environment, facts: Facts | None = None, parts: Sequence[Part] = ()
+    ) -> None:
+        """Write recipe, environment, the facts of the data, and the parts of the run."""
         from .environment import write_environment
 
-        write_environment(self._environment, environment, facts)
+        write_environment(self._environment, environment, facts, parts)
         write_json(self._recipe, recipe.to_plain())  # marks the folder as a run, so it comes last
         self._checkpoints.mkdir(exist_ok=True)
 
@@ -229,13 +232,14 @@ class Run:
     def read(self) -> RunContents:
         """Read everything in the folder, whose run may still be training. Missing files count as empty.
 
-        A result counts if the run has taken no step since, which its metrics show, and if its weights are those in
-        ``best.ckpt``, where that file is there. The file of scores and the picture of the best weights count beside
-        such a result. Pictures of steps that have no row yet do not count.
+        A result counts if the run has taken no step since, which its metrics show, if the part of the run is the
+        same, and if its weights are those in ``best.ckpt``, where that file is there. The file of scores and the
+        picture of the best weights count beside such a result. Pictures of steps that have no row yet do not count.
 
         Raises:
             ConfigError: a file cannot be read, or does not hold what a run writes. The message names it.
         """
+        from ..recipes.parts import part_at
         from .contents import Picture, RunContents
         from .environment import read_environment
         from .metrics import read_metrics
@@ -244,11 +248,13 @@ class Run:
         recipe = self.recipe()
         metrics = read_metrics(self.metrics, recipe.kind.metric)
         result = read_result(self.result)
-        if result is None or metrics.last_step not in (0, result.steps) or not self._has_best(result.best_sha256):
-            result = None
-        else:
-            result = with_scores(result, self.path / recipe.kind.scores_file, recipe.kind.sample)
-        environment, facts = read_environment(self._environment)
+        environment, facts, parts = read_environment(self._environment)
+        if result is not None:
+            part = part_at(parts, result.steps)
+            same = metrics.last_step in (0, result.steps) and result.part in (None, part and part.key)
+            scores = self.path / recipe.kind.scores_file
+            counts = same and self._has_best(result.best_sha256)
+            result = with_scores(result, scores, recipe.kind.sample) if counts else None
         pictures = {step: path for step, path in self._pictures().items() if step <= metrics.last_step}
         newest = Picture(pictures[max(pictures)], max(pictures)) if pictures else None
         best = Picture(self.picture(), None) if result is not None and self.picture().is_file() else None
@@ -257,6 +263,7 @@ class Run:
             recipe=recipe,
             environment=environment,
             facts=facts,
+            parts=parts,
             metrics=metrics,
             result=result,
             picture=best or newest,

@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from ...solvers import FixedGrid
 from ..data import ImageData, Table
 from ..data.facts import Facts, doubt
 from ..files import SAFETENSORS, make_folder, write_atomically
+from ..recipes.parts import Part
 from ..recipes.recipe import Recipe
 from ..runs.run import LAST, checkpoint_files, find_checkpoint
 
@@ -40,13 +41,15 @@ _PREFIX = "flow."  # Lightning saves the state of RnodeModule, whose attribute `
 _MAX_UNCHECKED_LAYERS = 1000  # a model with at most this many layers may be built before its file is checked
 
 
-def header_with(recipe: Recipe, facts: Facts | None = None) -> Contents:
+def header_with(recipe: Recipe, facts: Facts | None = None, parts: Sequence[Part] = ()) -> Contents:
     """Make the header that a file has beside its weights.
 
-    It is plain data: the format, the version that writes it, the recipe, and the facts of the data.
+    It is plain data: the format, the version that writes it, the recipe, the facts of the data, and the parts of
+    the run, which a file of weights alone does not have.
     """
-    plain = None if facts is None else facts.to_plain()
-    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain(), "facts": plain}}
+    header: Contents = {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}
+    header["facts"] = None if facts is None else facts.to_plain()
+    return {_KEY: {**header, **({"parts": [each.to_plain() for each in parts]} if parts else {})}}
 
 
 def save_flow(
@@ -369,3 +372,16 @@ def facts_of(contents: Mapping[str, Any]) -> Facts | None:
     except (ValueError, RecursionError) as error:
         version, reason = header.get("version"), first_line(error)
         raise CheckpointError(f"rnode-plugin {version} has written facts that cannot be read: {reason}") from None
+
+
+def parts_of(contents: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Read the parts of the run in the contents of a checkpoint; empty for weights alone.
+
+    Raises:
+        CheckpointError: this version does not understand them.
+    """
+    try:
+        return tuple(map(Part.from_plain, contents[_KEY].get("parts", ())))
+    except (ConfigError, KeyError, TypeError, RecursionError) as error:
+        version, reason = contents[_KEY].get("version"), first_line(error)
+        raise CheckpointError(f"rnode-plugin {version} has written parts that cannot be read: {reason}") from None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as L
 
     from .experiment import Experiment
+    from .module import RnodeModule
 
 
 class RunFolder(Callback):
@@ -56,7 +57,7 @@ class RunFolder(Callback):
         own = {"the SHA-256 of its checkpoint": None if resumed is None else resumed.sha256}
         refuse_others(trainer, own, "Copy the newest checkpoint to all machines.")
 
-    def begin(self, trainer: L.Trainer) -> None:
+    def begin(self, trainer: L.Trainer, module: RnodeModule) -> None:
         """Let the first process describe the run, once, when nothing can refuse it any more.
 
         This comes after the first step of a call, because Lightning, a callback, the memory or a broken picture may
@@ -67,5 +68,5 @@ class RunFolder(Callback):
             if experiment.resumed is not None:
                 experiment.resumed.repair()
             environment = Environment.of(trainer.strategy.root_device, devices=trainer.world_size)
-            self.run.describe(experiment.recipe, environment, experiment.facts)
+            self.run.describe(experiment.recipe, environment, experiment.facts, module.parts)
         self.begun = True

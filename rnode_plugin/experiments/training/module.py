@@ -19,11 +19,12 @@ from ...errors import ConfigError, LocalError, SolverError, TrainingError
 from ...flows.density import DensityModel
 from ..data.facts import Facts, doubt
 from ..random_streams import Stream, seed_everything
+from ..recipes.parts import Part, joined, part_at
 from ..recipes.recipe import Recipe
-from .checkpoints import facts_of, header_with, load_weights
+from .checkpoints import facts_of, header_with, load_weights, parts_of
 from .datamodule import RecipeDataModule
 from .experiment import is_new, new_flow
-from .optimizers import learning_rate_factor, make_optimizer
+from .optimizers import learning_rate_factor, make_optimizer, rates_before
 from .processes import of_all, refuse_other_runs, refuse_rounding
 from .step import Loss, StepTerms, loss_of, measure_batch
 
@@ -73,6 +74,7 @@ class RnodeModule(L.LightningModule):
     Attributes:
         flow, loss: the model and the loss.
         facts: the facts of the training data; None before training, or if the Trainer was given loaders.
+        parts: the parts of the run, with the one of this training last.
         own_values: what the last step has logged, as means over its batches on this device. Some are tensors, and
             reading them waits for the device.
 
@@ -106,6 +108,7 @@ class RnodeModule(L.LightningModule):
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
         self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
         self._to_loggers = to_loggers
+        self.parts: tuple[Part, ...] = ()
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
         self._is_fresh = flow is None  # whether the flow still lacks its first weights and the rows of its table
@@ -236,7 +239,19 @@ class RnodeModule(L.LightningModule):
         if self.recipe.training.compile:
             self._print("the steps of the solver are compiled: the first training step takes longer")
 
+    def begin_part(self) -> None:
+        """Add the steps that follow to the parts of the run."""
+        optimizer, former = self.recipe.optimizer, part_at(self.parts, self.global_step)
+        planned = self.trainer.max_steps if optimizer.schedule == "constant" else int(self._planned_steps())
+        new = Part(
+            first=self.global_step, devices=self.trainer.world_size, recipe=self.recipe,
+            planned=planned if planned > 0 else None,
+        )  # fmt: skip
+        same = former is not None and rates_before(former, self.global_step) == rates_before(new, self.global_step)
+        self.parts = joined(self.parts, new, same_rates=same)
+
     def on_train_start(self) -> None:
+        self.begin_part()
         # A checkpoint restores the optimizer with the learning rates and decays of the recipe that it was saved
         # with. A resumed run may change these settings, so the settings of this recipe are put back
         if self._groups:
@@ -350,12 +365,13 @@ class RnodeModule(L.LightningModule):
                 if device % world == rank:
                     safe_steps[device] = each
         progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "safe_steps": safe_steps}
-        checkpoint.update(header_with(self.recipe, self.facts), progress=progress)
+        checkpoint.update(header_with(self.recipe, self.facts, self.parts), progress=progress)
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         progress = cast("dict[str, Any]", checkpoint["progress"])
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
         self._safe_steps = progress["safe_steps"]
+        self.parts = parts_of(checkpoint)
         if self._compares:
             self.facts = facts_of(checkpoint)
         self._is_fresh = False

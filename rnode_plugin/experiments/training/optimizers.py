@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from ..recipes.parts import Part
 from ..recipes.recipe import Optimizer
 
 # coefficients of the quintic that Muon's authors tuned for few steps. It does not converge to 1 exactly, but
@@ -64,6 +65,13 @@ def learning_rate_factor(
         return 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
 
     return factor
+
+
+def rates_before(part: Part, step: int) -> list[float]:
+    """List the factors on the learning rate of all steps before ``step`` in a run with the settings of ``part``."""
+    matching = part.recipe.matching
+    factor = learning_rate_factor(part.recipe.optimizer, lambda: part.planned or math.inf, matching=matching)
+    return [factor(each) for each in range(step)]
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

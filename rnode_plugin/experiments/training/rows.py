@@ -77,7 +77,7 @@ class Rows(Callback):
         module, now, step = cast("RnodeModule", pl_module), time.monotonic(), trainer.global_step
         seconds, self._step_began = now - self._step_began, now
         self.training_seconds += seconds
-        self._begin(trainer)
+        self._begin(trainer, module)
         validates = self._plan.validates(trainer)
         # a callback may end the run in a validation, and the last step has a row
         logged = validates or step % self._experiment.recipe.training.log_every == 0
@@ -88,9 +88,9 @@ class Rows(Callback):
             self._print(trainer, module.own_values if means is None else means, validates=validates)
         self._log_epoch(trainer, module)
 
-    def _begin(self, trainer: L.Trainer) -> None:
+    def _begin(self, trainer: L.Trainer, module: RnodeModule) -> None:
         """Describe the run, and take over the rows up to the step where it continues."""
-        self._folder.begin(trainer)
+        self._folder.begin(trainer, module)
         if self._table is None and trainer.is_global_zero:
             done, resumed = self._experiment.done, self._experiment.resumed
             former = None if resumed is None else resumed.metrics

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...errors import CheckpointError, ConfigError, TrainingError
 from ..files import write_atomically
+from ..recipes.parts import part_at
 from ..recipes.recipe import Recipe
 from ..runs.results import Result
 from ..runs.run import LAST, PREVIOUS, Run
@@ -279,6 +280,7 @@ def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, hooks: Hook
         training_seconds=hooks.rows.training_seconds,
         run_seconds=hooks.rows.run_seconds,
         skipped=module.skipped,
+        part=None if (part := part_at(module.parts, trainer.global_step)) is None else part.key,
     )
     # a second signal ends a step halfway, so the checkpoint counts, from which the run would continue
     return dataclasses.replace(result, steps=_saved_steps(hooks.folder.run)) if result.by_signal else result
@@ -324,7 +326,9 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, hook
     kept = hooks.folder.run.best.is_file() if hooks.folder.begun else resumed is not None and resumed.keeps_best
     if trainer.is_global_zero and not kept:
         raise TrainingError("it took no step, so there are no weights to evaluate")
-    hooks.folder.begin(trainer)  # a run without a step left
+    if not hooks.folder.begun:  # a run without a step left
+        module.begin_part()
+        hooks.folder.begin(trainer, module)
     if hooks.stop.out_of_time:
         return "max_time"
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
