@@ -75,14 +75,14 @@ class Counted(nn.Module):
 def test_values_and_evaluations_are_the_librarys(name: str, method: str) -> None:
     """Torchdiffeq's to the bit, and torchdyn's to rounding, in the precision to which it rounds its coefficients.
 
-    An interpolated adjoint has the states at its steps too. Checkpoints take one evaluation to prepare a replay.
+    An interpolated adjoint has the states at its steps too.
     """
     face, field, z = FACES[name], Counted(), states()
     assert face.library is not None
     if face.library is by_torchdyn:
         field, z = field.float(), z.float()
     wanted = face.library(field, z, method)
-    calls = field.calls + (name == "checkpointed")
+    calls = field.calls
     model = face.make(field, BOTH, method)
     field.calls = 0
     values, penalties = model(z)

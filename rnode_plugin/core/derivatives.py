@@ -120,7 +120,10 @@ class Field(ABC):
         return self
 
     def inputs(self) -> Sequence[Tensor]:
-        """Further tensors with respect to which an adjoint differentiates, such as a context; by default none."""
+        """Tensors that evaluations read and no module has, such as a context or what :meth:`prepared` made.
+
+        A backward pass that evaluates again differentiates with respect to them; by default there are none.
+        """
         return ()
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, final
 
 import torch
@@ -15,6 +14,7 @@ from ..errors import ConfigError
 from .checks import check_field, once
 from .derivatives import VELOCITY, AutogradField, Field, Linearization
 from .modes import transforms_active
+from .noted import without_writes
 from .part import Part, State
 
 _NO_GRADIENTS = (
@@ -58,7 +58,7 @@ class Evaluator:
     """
 
     __slots__ = (
-        "_field", "_modules", "_owner", "_velocity", "captured", "net", "part", "user_field",
+        "_field", "_owner", "_velocity", "captured", "net", "part", "user_field",
     )  # fmt: skip
 
     def __init__(
@@ -75,7 +75,6 @@ class Evaluator:
         self.net, self.part, self._velocity = net, part, velocity
         self.user_field, self._owner = user_field, owner
         self.captured = False  # whether evaluations become a part of one compiled step
-        self._modules: list[nn.Module] | None = None
 
     def evaluate(
         self, t: Tensor, state: State, wants: frozenset[str] = VELOCITY, probes: Tensor | None = None
@@ -156,7 +155,6 @@ class Evaluator:
 
     def traceable(self) -> Evaluator:
         """An evaluator that torch.compile can trace."""
-        self._with_buffers()  # what a step notes in its first call would make another graph of the second
         traceable = copy.copy(self)
         traceable._field = self._field.traceable()
         traceable.captured = True
@@ -219,68 +217,19 @@ class Evaluator:
                 )
         return linearization
 
-    def as_now(self, others: Iterable[object] = ()) -> Callable[[], AbstractContextManager[None]]:
-        """Note the parameters and buffers of the net and of ``others``; return a function that makes contexts.
-
-        A backward pass evaluates inside of such a context, with the noted parameters and buffers, and leaves them
-        as they are. Without it, it might find different ones: ``torch.func.functional_call`` replaces them during
-        one call, and a caller may set a buffer, such as a context, before each of several solves. Only gradients
-        that need the contexts call this, because it walks over all modules.
-        """
-        modules = [part for each in (self.net, *others) if isinstance(each, nn.Module) for part in each.modules()]
-        noted = [(table, dict(table)) for part in modules for table in (part._parameters, part._buffers) if table]
-        return functools.partial(self._as_noted, noted)
-
-    @contextmanager
-    def _as_noted(self, noted: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[None]:
-        """Context for evaluations with the ``noted`` parameters and buffers, which they leave as they are."""
-        others = [
-            (table, name, x)
-            for table, entries in noted
-            for name, x in entries.items()
-            if name in table and table[name] is not x
-        ]
-        with _replaced(others), self._copied_buffers():
-            yield
-
     @contextmanager
     def without_effects(self, z: Tensor) -> Iterator[_States | None]:
         """Context for evaluations without side effects, which restores buffers and random generators at its end.
 
         It yields the states of the generators.
         """
-        with self._copied_buffers():
+        with without_writes(self.net):
             before = random_states(z)
             try:
                 yield before
             finally:
                 if before is not None:
                     restore(before)
-
-    def _with_buffers(self) -> list[nn.Module]:
-        """The modules that have buffers, which are searched once."""
-        if self._modules is None:
-            modules = () if self.net is None else self.net.modules()
-            self._modules = [part for part in modules if part._buffers]
-        return self._modules
-
-    @contextmanager
-    def _copied_buffers(self) -> Iterator[None]:
-        """Context for evaluations that write into copies of the buffers of layers in training mode."""
-        changing = [part for part in self._with_buffers() if part.training]
-        if not changing:
-            yield
-            return
-        # Copies during the block, not restored values after it: the graph of an earlier evaluation may refer to
-        # the original buffers, and a write into them would invalidate it
-        copies = [
-            (part._buffers, name, x.clone())
-            for part in changing
-            for name, x in part._buffers.items()
-            if x is not None and not x.requires_grad  # else a net computed it, and a copy would lose its graph
-        ]
-        with _replaced(copies):
-            yield
 
     def z_of(self, state: State) -> Tensor:
         """The part of a state or a velocity that penalties measure."""
@@ -299,19 +248,6 @@ def explain(error: RuntimeError | AttributeError) -> NoReturn:
     if isinstance(error, RuntimeError) and not torch.is_grad_enabled() and "does not require grad" in text:
         raise ConfigError(_INFERENCE if torch.is_inference_mode_enabled() else _NO_GRADIENTS) from error
     raise error
-
-
-@contextmanager
-def _replaced(entries: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-    """Context in which each dictionary has the value of its entry, ``(dictionary, key, value)``."""
-    before = [(table, name, table[name]) for table, name, _ in entries]
-    for table, name, x in entries:
-        table[name] = x
-    try:
-        yield
-    finally:
-        for table, name, x in before:
-            table[name] = x
 
 
 class _States(NamedTuple):
@@ -344,3 +280,14 @@ def restore(states: _States) -> None:
     torch.set_rng_state(states.cpu)
     if states.cuda is not None:
         torch.cuda.set_rng_state(states.cuda, states.device)
+
+
+@contextmanager
+def forked(states: _States | None) -> Iterator[None]:
+    """Context whose evaluations draw as after these states, and that leaves the generators as they are."""
+    if states is None:
+        yield
+        return
+    with torch.random.fork_rng([] if states.cuda is None else [states.device]):
+        restore(states)
+        yield

@@ -6,7 +6,7 @@ It is also the only module that uses names of torch that are not public.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError
+from .noted import map_leaves
 
 # names of torch that are not public ------------------------------------------------------------------------------
 
@@ -31,15 +32,10 @@ NAMES = {
     "torch._C._functorch.maybe_get_level": "penalties of solves inside torch.func are refused",
     "torch.autograd.forward_ad._current_level": "solves are refused, or would drop dual numbers in silence",
     "torch._C._will_engine_execute_node": "a backward pass computes the gradients of all weights",
-    "torch.utils._pytree": "checkpointed solves and inference mode are refused",
     "torch.nn.modules.module._global_forward_hooks": "all layers count as having hooks, which autograd serves",
     "torch.nn.modules.module._global_forward_pre_hooks": "all layers count as having hooks, which autograd serves",
 }
-"""The names that torch may change without notice, with what happens in a torch that lacks one.
-
-Attributes of objects have no entry: ``_sequence_nr`` of a node and ``_backward_hooks`` of a tensor, without which
-a solve that needs them is refused.
-"""
+"""The names that torch may change without notice, with what happens in a torch that lacks one."""
 
 
 def find_private(path: str) -> Any:
@@ -78,23 +74,9 @@ _is_batched: Callable[[Tensor], bool] = private("torch._C._functorch.is_batchedt
 _current_level: Callable[[], int | None] = private("torch._C._functorch.maybe_current_level")
 _level: Callable[[Tensor], int | None] = private("torch._C._functorch.maybe_get_level")
 _executes: Callable[[Any], bool] = find_private("torch._C._will_engine_execute_node") or (lambda node: True)
-_pytree: Any = find_private("torch.utils._pytree")
 _HOOKS_OF_ALL: Any = tuple(
     find_private(f"torch.nn.modules.module._global_forward_{kind}") for kind in ("hooks", "pre_hooks")
 )
-
-
-def tree(name: str) -> Callable[..., Any]:
-    """A function of ``torch.utils._pytree``, such as ``tree_flatten``."""
-    return refuse_torch("torch.utils._pytree") if _pytree is None else getattr(_pytree, name)
-
-
-def number_of(node: Any) -> int:
-    """The number of a node of the graph. Nodes that are made later have a higher number."""
-    try:
-        return node._sequence_nr()
-    except AttributeError:
-        refuse_torch("_sequence_nr of a node")
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -117,14 +99,6 @@ def _has_hooks_of_all() -> bool:
     """Whether hooks other than torch's own are registered for all modules."""
     hooks = [hook for of_all in _HOOKS_OF_ALL if of_all is not None for hook in of_all.values()]
     return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
-
-
-def hooks_of(x: Tensor) -> Any:
-    """The hooks of a tensor by their number; None if it has none."""
-    try:
-        return x._backward_hooks
-    except AttributeError:
-        refuse_torch("_backward_hooks of a tensor")
 
 
 # transforms and forward mode -------------------------------------------------------------------------------------
@@ -192,17 +166,6 @@ def differs(x: Tensor) -> bool:
     return transforms_active() and not x.is_meta and read(x) is None
 
 
-def next_number(x: Tensor) -> int:
-    """The number of the newest node of the graph; ``x`` is any tensor that requires a gradient.
-
-    Nodes that are made later have a higher number. torch numbers nodes in the order of their creation, but keeps
-    the number private, so this makes a node and reads its number.
-    """
-    node = (x * 1).grad_fn
-    assert node is not None
-    return number_of(node)
-
-
 def reaches(node: Any) -> bool:
     """Whether the backward pass that runs now reaches this node of the graph, which is not a leaf.
 
@@ -233,14 +196,13 @@ def autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def drop_casts() -> None:
-    """Let autocast cast weights again, between evaluations of a field with gradients and without.
-
-    Within one block autocast casts each weight once. Older releases of torch, such as 2.6, hand a copy without a
-    graph on to evaluations with gradients, whose gradient with respect to that weight would be lost without an
-    error.
-    """
-    torch.clear_autocast_cache()
+def autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
+    """A function that makes a context with the present autocast settings for the device of ``x``."""
+    kind = x.device.type
+    if x.is_meta:
+        return nullcontext
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
 
 
 @contextmanager
@@ -252,23 +214,6 @@ def without_kept_casts() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(kept)
-
-
-@contextmanager
-def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context in which the hooks of tensors do not run, for a backward pass inside of another backward pass.
-
-    The outer one runs them with the whole gradient. A hook that scales it would otherwise scale it twice.
-    """
-    tables = [hooks for x in tensors if (hooks := hooks_of(x))]
-    saved = [dict(hooks) for hooks in tables]
-    for hooks in tables:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, each in zip(tables, saved, strict=True):
-            hooks.update(each)
 
 
 def outside_checkpoints() -> AbstractContextManager[object]:
@@ -297,4 +242,4 @@ def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
         yield values
         return
     with torch.inference_mode(False), torch.no_grad():
-        yield tree("tree_map_only")(Tensor, Tensor.clone, values)
+        yield map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, values)

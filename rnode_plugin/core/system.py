@@ -8,9 +8,7 @@ density and the penalties share.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
@@ -18,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .derivatives import AutogradField, Field, Velocity, as_field
+from .derivatives import Field, Velocity, as_field
 from .evaluator import Evaluator
 from .field_evaluation import FieldEvaluation
 from .modules import module_of
+from .noted import Noted, leaves
 from .part import PartSpec, State, tensors_of
 from .regularizers import NONE, Regularizers, RegularizersLike, checked
 from .trace_estimators import TraceEstimator, get_estimator
@@ -102,7 +101,6 @@ class RightHandSide:
     Attributes:
         divergence: whether the log-determinant is integrated, so that derivatives have one.
         regularizers: the rates and step penalties of the solve.
-        inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
         owner: the net or function that is evaluated, which keeps the compiled steps of its solves.
 
     Args:
@@ -111,7 +109,6 @@ class RightHandSide:
 
     divergence: bool = False
     regularizers: Regularizers = NONE
-    inner_autograd: bool = True
     owner: object
 
     def __init__(self, function: Callable[[Tensor, Tensor], Derivative]) -> None:
@@ -156,16 +153,16 @@ class RightHandSide:
     def count(self, evaluations: int) -> None:
         """Count evaluations of the traceable right-hand side."""
 
-    def inputs(self) -> Iterator[Tensor]:
-        """The tensors with respect to which a continuous adjoint differentiates, as they are now, each once."""
-        return iter(())
+    def trains(self) -> bool:
+        """Whether evaluations read a tensor that requires a gradient, other than the time and the state."""
+        return bool(self.noted().inputs)
 
-    def as_now(self) -> Callable[[], AbstractContextManager[object]]:
-        """Return a function whose contexts let a backward pass evaluate the system as now, without side effects.
+    def noted(self) -> Noted:
+        """What evaluations read as it is now, for a backward pass that evaluates again.
 
         The forward pass calls it, because the present parameters may be replaced later.
         """
-        return nullcontext
+        return Noted(())
 
 
 @final
@@ -242,6 +239,7 @@ class System:
         user_field: object = None,
         columns: TorchdynColumns | None = None,
         velocity: Tensor | None = None,
+        reads: object = (),
     ) -> FieldRightHandSide:
         """Make the right-hand side of one solve, for the field as it is now.
 
@@ -258,6 +256,8 @@ class System:
             user_field: the field as the user gave it, for penalties that read it; None: ``field``.
             columns: columns of the state ahead of ``z``; None: there are none.
             velocity: the velocity at the one point where the result is evaluated, if it is known.
+            reads: what the field reads in addition to ``net``, a nest of modules, functions and tensors. Its
+                tensors that require a gradient are views, see :class:`~rnode_plugin.core.noted.Noted`.
 
         Raises:
             ConfigError: for a state that has no such part, or that penalties cannot measure.
@@ -286,13 +286,10 @@ class System:
                 "the trace needs noise, which draw() of an estimator returns if its `needs_noise` is True."
             )
         own = own.prepared(z, probes, one_graph=one_graph)
-        # a hand-written field computes products without autograd, and differences need none
-        by_autograd = isinstance(own, AutogradField) and bool(estimator.wants(probes))
         return FieldRightHandSide(
             divergence=density and not in_column,
             trace=density,
             regularizers=regularizers,
-            inner_autograd="jvp" in needs or (products and by_autograd),
             field=own,
             evaluator=Evaluator(
                 own, module_of(user_field) if net is None else net, part=part, velocity=velocity, owner=user_field,
@@ -304,13 +301,9 @@ class System:
             by_estimator=products and type(estimator).linearize is not TraceEstimator.linearize,
             columns=columns,
             dims=z.shape[1:].numel(),
-            trained=lambda: _parameters(field),
+            reads=reads,
             owner=user_field,
         )  # fmt: skip
-
-
-def _parameters(field: object) -> Iterable[Tensor]:
-    return field.parameters() if isinstance(field, nn.Module) else ()
 
 
 @final
@@ -327,8 +320,7 @@ class FieldRightHandSide(RightHandSide):
         by_estimator: whether the estimator has its own way to evaluate the field, such as differences.
         columns: see :meth:`System.start`.
         dims: number of dimensions of one sample that the penalties measure.
-        trained: returns the tensors with respect to which an adjoint differentiates, without parameters of
-            penalties.
+        reads: see :meth:`System.start`.
         owner: see :class:`RightHandSide`.
         counters: attributes of modules whose ``nfe`` counts the evaluations.
     """
@@ -336,7 +328,6 @@ class FieldRightHandSide(RightHandSide):
     divergence: bool
     trace: bool
     regularizers: Regularizers
-    inner_autograd: bool
     field: Field
     evaluator: Evaluator
     estimator: TraceEstimator
@@ -345,7 +336,7 @@ class FieldRightHandSide(RightHandSide):
     by_estimator: bool
     columns: TorchdynColumns | None
     dims: int
-    trained: Callable[[], Iterable[Tensor]]
+    reads: object
     owner: object
     counters: Sequence[dict[str, Any]] = ()
 
@@ -399,8 +390,7 @@ class FieldRightHandSide(RightHandSide):
             whole = self.columns.z_of(self.columns.without_cost(whole))
         # without parameters and with a state that is a leaf, no gradient of a product is ever taken
         net = self.evaluator.net
-        leaves = itertools.chain((t, *tensors_of(whole)), self.inputs(), () if net is None else net.parameters())
-        gradients = net is None or any(x.requires_grad for x in leaves)
+        gradients = net is None or any(x.requires_grad for x in (t, *tensors_of(whole))) or self.trains()
         self.evaluator.check(t, whole, self.wants, self.probes, gradients=gradients)
 
     def traceable(self) -> FieldRightHandSide:
@@ -410,22 +400,19 @@ class FieldRightHandSide(RightHandSide):
         for counter in self.counters:
             counter["nfe"] += evaluations
 
-    def inputs(self) -> Iterator[Tensor]:
-        def tensors() -> Iterator[Tensor]:  # a caller may stop early, before the penalties are searched
-            yield from self.trained()
-            yield from self.field.inputs()
-            for module in self.regularizers.called:
-                yield from module.parameters()
+    def trains(self) -> bool:
+        modules, tensors = self._reads()
+        return any(x.requires_grad for module in modules for x in module.parameters()) or bool(tensors)
 
-        known: set[int] = set()
-        for x in tensors():
-            if id(x) not in known:
-                known.add(id(x))
-                yield x
+    def noted(self) -> Noted:
+        return Noted(*self._reads())
 
-    def as_now(self) -> Callable[[], AbstractContextManager[object]]:
-        cost = None if self.columns is None else self.columns.cost
-        return self.evaluator.as_now((*self.regularizers.called, cost))
+    def _reads(self) -> tuple[list[nn.Module], list[Tensor]]:
+        """The modules that evaluations call, and further tensors with a gradient that they read."""
+        parts = leaves((self.evaluator.net, self.columns and self.columns.cost, self.reads))
+        tensors = [x for x in (*parts, *self.field.inputs()) if isinstance(x, Tensor) and x.requires_grad]
+        modules = [module_of(x) for x in parts if not isinstance(x, Tensor)]
+        return [x for x in (*modules, *self.regularizers.called) if x is not None], tensors
 
     def z_of(self, state: Tensor) -> Tensor:
         if self.columns is not None:

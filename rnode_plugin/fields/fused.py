@@ -139,6 +139,12 @@ class Stack(Field):
         several = noise is not None and noise.ndim > 2 + len(self.event)
         self._noise = None if several and kind is not Dense else noise
         self._g = None if self._noise is None else self._g_of(self._noise)
+        self._W_L = self._W_L[...]  # a view, from which g is not computed, see `inputs`
+
+    def inputs(self) -> Sequence[Tensor]:
+        """What evaluations read of the parameters, the noise and the context."""
+        tensors = self.theta, self._W_L, self._g, self._context
+        return [x for x in tensors if x is not None and x.requires_grad]
 
     @property
     def plain(self) -> Layers:

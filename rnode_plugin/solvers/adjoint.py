@@ -10,7 +10,6 @@ by the loss's derivative at each output time. The gradient with respect to the p
 from __future__ import annotations
 
 import bisect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ..core.evaluator import random_states, same_states
-from ..core.modes import drop_casts, next_number, without_hooks, without_kept_casts
+from ..core.modes import without_kept_casts
+from ..core.noted import Noted, refuse_lost
 from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError
-from .checkpoint import is_complete
+from .checkpoint import refuse_second_derivative
 from .solution import Solution, Steps
 from .step import Problem
 
@@ -36,6 +36,7 @@ class AdjointCall:
 
     Attributes:
         rhs: the right-hand side; it must give the same derivatives in both passes.
+        noted: what it reads.
         forward: solves the system from a state ``z`` through times ``t``. The solution has all outputs that the
             loss may depend on.
         backward: the solver of the backward pass.
@@ -46,6 +47,7 @@ class AdjointCall:
     """
 
     rhs: RightHandSide
+    noted: Noted
     forward: Callable[[Tensor, Tensor], Solution]
     backward: Solver
     restarted: bool
@@ -57,10 +59,12 @@ class AdjointCall:
 def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
     """Solve without a graph and attach the continuous adjoint as the gradient.
 
-    Gradients reach ``z0``, ``t_span`` and the parameters of the field that require one.
+    Gradients reach ``z0``, ``t_span`` and the tensors that are noted.
+
+    Raises:
+        ConfigError: for a field that draws random numbers.
     """
-    wanted = [p for p in call.rhs.inputs() if p.requires_grad]
-    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)
+    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *call.noted.inputs)
     # the graph keeps the call: drop the solution, because the tensors that backward reads are saved by autograd
     solution, call.solution = call.solution, None
     assert solution is not None
@@ -73,16 +77,14 @@ class _Adjoint(torch.autograd.Function):
     def forward(
         ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor
     ) -> tuple[Tensor | None, ...]:
-        ctx.as_now = call.rhs.as_now()  # makes the contexts of backward passes
         before = random_states(z0)
         solution = call.forward(z0, t_span)  # without a graph, since autograd disables gradients here
-        drop_casts()
+        torch.clear_autocast_cache()  # older releases hand a weight that was cast here on, without a graph
         if before is not None and not same_states(before, random_states(z0)):
-            warnings.warn(  # Python shows it once
-                "the evaluations of this solve draw random numbers, as dropout does, and the backward pass of an "
-                "adjoint draws others, such as another mask, so the gradient is wrong: use 'checkpointed' or "
-                "'autograd'.",
-                stacklevel=2,
+            raise ConfigError(
+                "the evaluations of this solve draw random numbers, as dropout does in training, and the backward "
+                "pass of an adjoint would draw others, such as another mask: use 'checkpointed' or 'autograd', or "
+                "call eval() of the layers that draw."
             )
         t, z = solution.t, solution.z
         call.solution = solution
@@ -94,23 +96,29 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True, as for a Hessian, which would silently be zero
-            raise ConfigError(
-                "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
-                "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
-            )
-        # the forward pass has updated running statistics once already
-        with without_kept_casts(), ctx.as_now():
-            _, dz, dlogdet, *dpenalties = gradients
-            return _sweep(ctx, dz, dlogdet, dpenalties)
+        refuse_second_derivative()
+        _, dz, dlogdet, *dpenalties = gradients
+        t_span, t, z, *inputs = ctx.saved_tensors
+        noted = ctx.call.noted
+        variables = noted.variables(inputs)
+        with without_kept_casts():
+            return noted.run(variables, lambda: _sweep(ctx, t_span, t, z, variables, dz, dlogdet, dpenalties))
 
 
-def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _sweep(
+    ctx: Any,
+    t_span: Tensor,
+    t: Tensor,
+    z: Tensor,
+    variables: Sequence[Tensor],
+    dz: Tensor,
+    dlogdet: Tensor | None,
+    dpenalties: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
     """The gradients with respect to all inputs, by a sweep from the last output back to the first."""
-    t_span, t, z, *params = ctx.saved_tensors
     z = z.detach()  # an output of this node, of which a field could not make a variable
     call: AdjointCall = ctx.call
-    pass_ = _Backward(call, ctx.steps, t, params, dict(zip(ctx.names, dpenalties, strict=True)))
+    pass_ = _Backward(call, ctx.steps, t, variables, dict(zip(ctx.names, dpenalties, strict=True)))
     wants_times, last = ctx.needs_input_grad[2], len(t) - 1
     span_index = _positions(t_span, t) if wants_times else {}
     dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
@@ -228,22 +236,14 @@ class _Backward:
         """``dz/dt``, ``dH/dz``, and ``dH/dtheta`` for each parameter."""
         with torch.enable_grad():
             z, t = z.detach().requires_grad_(), t.detach()
-            start = None if self.checked else next_number(z)
             derivative = self.rhs(t, z)
             total = self._hamiltonian(derivative, a, dl)
             inputs = [z, *self.params]
-            if start is not None:  # once for each backward pass, because it walks the whole graph
+            if not self.checked:  # once for each backward pass, because it walks the whole graph
                 self.checked = True
-                if not is_complete([total], [t, *inputs], start):
-                    warnings.warn(  # Python shows it once
-                        "the vector field depends on a tensor that is not a parameter of it and gets no gradient "
-                        "from an adjoint: make it a parameter of the field's module, or take the gradient mode "
-                        "'autograd'.",
-                        stacklevel=2,
-                    )
+                refuse_lost([total], inputs, [t])
             gradients: Sequence[Tensor | None] = [None] * len(inputs)
             if total.requires_grad:  # a constant field has no graph
-                with without_hooks(self.params):
-                    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+                gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
         return [derivative.dz.detach(), *filled]

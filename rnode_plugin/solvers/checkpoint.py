@@ -1,250 +1,130 @@
-"""Steps that keep only their inputs and run again in the backward pass.
-
-torch's checkpoint does this well for a plain field. If the field differentiates inside its evaluation (a product
-with the Jacobian by automatic differentiation), torch's checkpoint runs the step again within the forward pass,
-once per stage. For such fields a replay runs a step once forward, without a graph, and once backward.
-"""
+"""Steps that keep only their inputs and run again in the backward pass."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from ..core.checks import FUSED_ATTENTION
-from ..core.modes import drop_casts, next_number, number_of, transforms_active, tree, without_hooks
+from ..core.evaluator import forked, random_states
+from ..core.modes import autocast_of
+from ..core.noted import Noted, leaves, map_leaves, refuse_lost
 from ..core.system import RightHandSide
 from ..errors import ConfigError
 
 _Result = TypeVar("_Result")
 
 
-def checkpointed(
-    function: Callable[..., _Result], rhs: RightHandSide, z: Tensor, t: Tensor
-) -> Callable[..., _Result]:
-    """``function`` without keeping its activations. Values and gradients stay the same.
+def checkpointed(function: Callable[..., _Result], rhs: RightHandSide) -> Callable[..., _Result]:
+    """``function`` without keeping its activations. Values and first derivatives stay the same.
 
-    Under a transform of torch.func, which records a step in its own way, this is ``function`` itself.
+    torch's own checkpoint runs a step again at each product with the Jacobian within the forward pass. Here a step
+    runs once forward, without a graph, and once backward, with the same random numbers and autocast.
 
     Args:
-        function: takes and returns tensors and nested tuples and dictionaries of tensors; it evaluates
-            ``rhs``.
+        function: takes and returns nests of tensors; it evaluates ``rhs``.
         rhs: the right-hand side.
-        z, t: state and time at which the system is evaluated once, to find the tensors that it depends on.
     """
-    if transforms_active():
-        return function
-    leaves, as_now, has_states = None, rhs.as_now(), _has_states(z.device.type)
-    if not has_states:
-        warnings.warn(  # Python shows it once
-            f"torch cannot repeat the random numbers that a field draws on {z.device.type!r}, as dropout does: the "
-            "gradient of 'checkpointed' would belong to another mask. Fields that draw nothing are right.",
-            stacklevel=2,
-        )
-    if torch.is_grad_enabled() and (rhs.inner_autograd or not has_states):
-        leaves = _leaves(rhs, as_now, z, t)
-    if leaves is None and not has_states:  # torch's checkpoint needs the states
-        return function
-    if leaves is None:
-        return lambda *args: checkpoint(_first_run_alone(function, as_now), *args, use_reentrant=False)
-    return lambda *args: _replay(_first_run_alone(function, as_now), args, leaves)
-
-
-def _first_run_alone(
-    function: Callable[..., _Result], as_now: Callable[[], contextlib.AbstractContextManager[object]]
-) -> Callable[..., _Result]:
-    """``function``, with all runs after the first one marked as repetitions, which do not change buffers."""
-    ran = False  # the forward pass has updated running statistics; a repetition must not do so again
+    noted = rhs.noted()
+    call = _Call(function, noted)
 
     def run(*args: object) -> _Result:
-        nonlocal ran
-        with as_now() if ran else contextlib.nullcontext():
-            ran = True
+        tensors, nest = _split(args)
+        inputs = [*tensors, *noted.inputs]
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
             return function(*args)
+        outputs = _Replay.apply(call, nest, len(tensors), *inputs)
+        return _joined(outputs, call.result)
 
     return run
 
 
-def _has_states(kind: str) -> bool:
-    """Whether torch can read and restore the random states of devices of this kind; not of XLA's, for example."""
-    return kind in ("cpu", "meta") or hasattr(getattr(torch, kind, None), "device")
+_TENSOR = object()  # in the place of a tensor in a nest
 
 
-# the leaves of a step -------------------------------------------------------------------------------------------
+def _split(nest: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of a nest, and the nest without them."""
+    tensors = [x for x in leaves(nest) if isinstance(x, Tensor)]
+    return tensors, map_leaves(lambda x: _TENSOR if isinstance(x, Tensor) else x, nest)
 
 
-def _leaves(
-    rhs: RightHandSide,
-    as_now: Callable[[], contextlib.AbstractContextManager[object]],
-    z: Tensor,
-    t: Tensor,
-) -> list[Tensor] | None:
-    """The leaf tensors that the right-hand side depends on; None if they read the result of another computation."""
-    # restore the generators, so that this extra evaluation does not change the random numbers of the solve
-    devices = [z.device] if z.is_cuda else []
-    with torch.enable_grad(), torch.random.fork_rng(devices), as_now():
-        state = z.detach().requires_grad_()
-        start = next_number(state)
-        # a clone, because torch refuses a field that changes a leaf in place
-        derivative = rhs(t.detach(), state.clone())
-    leaves = _find_leaves([x for x in tree("tree_leaves")(derivative) if isinstance(x, Tensor)], start)
-    if leaves is None:  # a replay would run through that other graph at each step
-        return None
-    # add all parameters, because a module may read some of them at other times only
-    known = [p for p in rhs.inputs() if p.requires_grad]
-    return list({id(x): x for x in [*leaves, *known] if x is not state}.values())
+def _joined(tensors: Iterable[Tensor], nest: Any) -> Any:
+    rest = iter(tensors)
+    return map_leaves(lambda x: next(rest) if x is _TENSOR else x, nest)
 
 
-def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[object] = ()) -> list[Tensor] | None:
-    """The leaves of the graph of ``outputs``; None if one of its nodes is older than number ``start``.
-
-    An older node belongs to the graph of another computation. The search also ends at the tensors ``known``.
-    """
-    leaves: dict[int, Tensor] = {}
-    pending: list[Node] = [x.grad_fn for x in outputs if x.grad_fn is not None]
-    seen: set[Node | None] = {x.grad_fn for x in known if isinstance(x, Tensor)}
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable: Tensor | None = getattr(node, "variable", None)
-        if variable is not None:
-            leaves[id(variable)] = variable
-        elif number_of(node) < start:
-            return None
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
-    return list(leaves.values())
-
-
-# the replay -----------------------------------------------------------------------------------------------------
-
-
+@dataclass
 class _Call:
-    """One call of a function with nested arguments, flattened for autograd."""
+    """A function of nests, for the steps of one solve.
 
-    def __init__(self, function: Callable[..., object], args: tuple[object, ...]) -> None:
-        self.function = function
-        self.flat, self.arguments = tree("tree_flatten")(args)
-        self.result: object = None  # the structure of the result
-
-    def run(self, flat: Sequence[object]) -> list[Any]:
-        outputs, self.result = tree("tree_flatten")(self.function(*tree("tree_unflatten")(flat, self.arguments)))
-        return outputs
-
-
-def _replay(function: Callable[..., _Result], args: tuple[object, ...], leaves: Sequence[Tensor]) -> _Result:
-    """``function(*args)``, whose graph is built in the backward pass by a second run.
-
-    Gradients reach the tensors in ``args`` and ``leaves``. The second run repeats the random numbers and the
-    autocast state of the first one.
+    Attributes:
+        function: the function.
+        noted: what it reads.
+        result: the nest of the last result, without its tensors.
     """
-    call = _Call(function, args)
-    outputs: Any = _Replay.apply(call, len(call.flat), *call.flat, *leaves)
-    assert call.result is not None
-    return tree("tree_unflatten")(outputs, call.result)
+
+    function: Callable[..., Any]
+    noted: Noted
+    result: Any = None
+
+    def __call__(self, tensors: Iterable[Tensor], nest: Any) -> list[Tensor]:
+        outputs, self.result = _split(self.function(*_joined(tensors, nest)))
+        return outputs
 
 
 class _Replay(torch.autograd.Function):
     """A call as one node of the graph, which notes the random state and autocast before it runs."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, count: int, *values: Any) -> tuple[object, ...]:
-        ctx.call, ctx.count = call, count
-        kind = values[0].device.type
-        ctx.autocast = _autocast_of(kind)
-        # the second run must draw the same dropout masks
-        devices, states = get_device_states(*values[:count]) if _has_states(kind) else ([], [])
-        ctx.random = (torch.get_rng_state(), devices, states)
-        ctx.others = [None if isinstance(x, Tensor) else x for x in values]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
+    def forward(ctx: Any, call: _Call, nest: Any, count: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.nest, ctx.count = call, nest, count
+        ctx.random, ctx.autocast = random_states(inputs[0]), autocast_of(inputs[0])
+        ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        # a function may return one of its inputs, which autograd must see as a new tensor
-        inputs = {id(x) for x in values if isinstance(x, Tensor)}
-        outputs = call.run(values[:count])
-        drop_casts()
-        return tuple(x.view_as(x) if id(x) in inputs else x for x in outputs)
+        outputs = call(inputs[:count], nest)
+        torch.clear_autocast_cache()  # older releases hand a weight that was cast here on, without a graph
+        own = {id(x) for x in inputs}  # a function may return its input, which autograd must see as a new tensor
+        return tuple(x.view_as(x) if id(x) in own else x for x in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        count, needed = ctx.count, ctx.needs_input_grad[2:]
-        values = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        leaves = values[count:]
-
-        def gradient(args: Sequence[object], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-            again = torch.is_grad_enabled()  # create_graph=True: the arguments themselves must stay in the graph
-            known = [*(args if again else map(_variable, args)), *leaves]
-            with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
-                drop_casts()  # made before the second run, they are not a part of its graph
-                start = next_number(torch.zeros((), requires_grad=True))
-                outputs = ctx.call.run(known[:count])
-            if not is_complete([x for x in outputs if isinstance(x, Tensor)], known, start):
-                raise ConfigError(
-                    "a step depends on a tensor that the vector field did not read at the solve's first time, so "
-                    "its gradient would be lost: make it a parameter of the field's module, or use "
-                    "gradient='autograd'."
-                )
-            pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
-            sources = [x for x, need in zip(known, needed, strict=True) if need]
-            computed: Sequence[Tensor | None] = [None] * len(sources)
-            if pairs and sources:
+        refuse_second_derivative()
+        call: _Call = ctx.call
+        values, variables = ctx.saved_tensors[: ctx.count], call.noted.variables(ctx.saved_tensors[ctx.count :])
+        # each of them requires a gradient, so that no code inside makes another leaf from one that does not
+        values = [x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in values]
+        with torch.enable_grad(), forked(ctx.random), ctx.autocast():
+            outputs = call.noted.run(variables, lambda: call(values, ctx.nest))
+        inputs = [*values, *variables]
+        refuse_lost(outputs, inputs, values)
+        needed = ctx.needs_input_grad[3:]
+        pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
+        sources = [x for x, need in zip(inputs, needed, strict=True) if need]
+        computed: Sequence[Tensor | None] = [None] * len(sources)
+        if pairs:
+            try:
                 reached, incoming = zip(*pairs, strict=True)
-                try:
-                    with without_hooks(leaves):
-                        computed = torch.autograd.grad(
-                            reached, sources, incoming, create_graph=again, allow_unused=True
-                        )
-                except RuntimeError as error:
-                    # the kernel of the backward pass, not of the forward one
-                    if "scaled_dot_product" in str(error):
-                        raise ConfigError(FUSED_ATTENTION) from error
-                    raise
-            rest = iter(computed)
-            return [next(rest) if need else None for need in needed]
-
-        if not torch.is_grad_enabled():
-            return None, None, *gradient(values[:count], gradients)
-        # with create_graph=True the gradient is itself a replayed call, with the same leaves
-        return None, None, *_replay(gradient, (values[:count], gradients), leaves)
+                computed = torch.autograd.grad(reached, sources, incoming, allow_unused=True)
+            except RuntimeError as error:
+                if "scaled_dot_product" in str(error):  # the kernel of the backward pass, not of the forward one
+                    raise ConfigError(FUSED_ATTENTION) from error
+                raise
+        rest = iter(computed)
+        return None, None, None, *(next(rest) if need else None for need in needed)
 
 
-def _variable(x: object) -> object:
-    """A floating-point or complex tensor as a leaf that requires a gradient; anything else unchanged.
+def refuse_second_derivative() -> None:
+    """Refuse a backward pass of ``checkpointed`` or of an adjoint whose gradient is to be differentiated.
 
-    Every such tensor requires a gradient, so that no code inside makes another leaf from one that does not.
+    Raises:
+        ConfigError: with ``create_graph=True``, as for a Hessian, which would silently be zero.
     """
-    if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
-        return x.detach().requires_grad_()
-    return x
-
-
-def is_complete(outputs: Sequence[Tensor], known: Sequence[object], start: int) -> bool:
-    """Whether the graph of ``outputs``, built since number ``start``, ends in tensors that are ``known``.
-
-    A leaf may also share its memory with one of them, since a derivative with respect to the time makes a new
-    variable from it.
-    """
-    leaves, places = _find_leaves(outputs, start, known), {x.data_ptr() for x in known if isinstance(x, Tensor)}
-    return leaves is not None and all(x.data_ptr() in places for x in leaves)
-
-
-@contextlib.contextmanager
-def _random_state(cpu: Tensor, devices: list[int], states: list[Tensor]) -> Iterator[None]:
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states)
-        yield
-
-
-def _autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A function that makes a context with the current autocast settings for devices of this kind."""
-    if not torch.amp.is_autocast_available(kind):  # such as meta
-        return contextlib.nullcontext
-    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
+    if torch.is_grad_enabled():
+        raise ConfigError(
+            "'checkpointed' and the adjoints give first derivatives only, and this gradient is to be "
+            "differentiated again (create_graph=True): use the gradient mode 'autograd'."
+        )

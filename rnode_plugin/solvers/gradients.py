@@ -46,12 +46,10 @@ class Checkpointed(Gradient):
     """Gives the same gradient with the activations of one step at a time, and evaluates each step once more."""
 
     def solve(self, solver: Solver, problem: Problem) -> Solution:
-        from ..core.modes import on_device
         from .checkpoint import checkpointed
 
-        z, plain = problem.z, problem.stepper(get_method(solver.method), solver.tolerances)
-        take = checkpointed(plain, problem.rhs, z, on_device(problem.t_span[0], z.device))
-        return solver.march(problem, take=take)
+        plain = problem.stepper(get_method(solver.method), solver.tolerances)
+        return solver.march(problem, take=checkpointed(plain, problem.rhs))
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ class Adjoint(Gradient):
     def solve(self, solver: Solver, problem: Problem) -> Solution:
         import torch
 
-        from ..core.modes import transforms_active
         from .adjoint import AdjointCall, solve_adjoint
         from .step import Problem
 
@@ -89,11 +86,14 @@ class Adjoint(Gradient):
             )  # fmt: skip
             return self.outputs(solver.march(again), adaptive=solver.adaptive)
 
-        if transforms_active() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return forward(z, t)
+        noted = rhs.noted()
+        if not any(x.requires_grad for x in (z, t, *noted.inputs)):
             return forward(z, t)
         backward = (self.backward or solver).without_interpolation()
         call = AdjointCall(
-            rhs, forward, backward, self.restarted, problem.adjoint_safe_step, problem.keep_adjoint_step
+            rhs, noted, forward, backward, self.restarted, problem.adjoint_safe_step, problem.keep_adjoint_step
         )
         return solve_adjoint(call, z, t.to(z.device) if t.requires_grad else t)
 

@@ -91,7 +91,7 @@ class _GraphStepper:
     def __init__(self, plain: Stepper) -> None:
         self._plain = plain
         self._traceable = replace(plain, rhs=plain.rhs.traceable())
-        self._trains = any(x.requires_grad for x in plain.rhs.inputs())
+        self._trains = plain.rhs.trains()
         self._net = module_of(plain.rhs.owner)
 
     def __call__(self, z: Tensor, t: Tensor, dt: Tensor, first: Derivative | None, draw: Draw | None) -> Step:
@@ -168,7 +168,7 @@ class _GraphStepper:
         rhs, inputs = self._plain.rhs, [state] if state.requires_grad else []
         if isinstance(rhs, FieldRightHandSide) and isinstance(rhs.field, AutogradField):
             # other fields prepare their parameters outside of the step, by a graph that the other steps need
-            inputs += [x for x in rhs.inputs() if x.requires_grad]
+            inputs += rhs.noted().inputs
         outputs = [x for x in values if x.requires_grad]
         gradients: Sequence[Tensor | None] = ()
         if inputs and outputs:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck, health
-from ..core.modes import differs, drop_casts
+from ..core.modes import differs
 from ..core.regularizers import ONE_DRAW
 from ..core.system import RightHandSide
 from ..errors import ConfigError
@@ -73,7 +73,7 @@ def _local_penalties(
         # two evaluations, counted below: a solve with saved steps does not save velocities
         v0, v1 = (rhs(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
-    drop_casts()
+    torch.clear_autocast_cache()  # older releases hand a weight that was cast without a graph on
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
     take = Stepper(rhs, get_method("tsit5"), tolerances, local=True)
     step = take(z, s, -h if backward else h, None, {})  # an empty draw: no stage computes products

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import AutogradField, Field, Velocity
-from ..core.modes import has_hooks, tree
+from ..core.modes import has_hooks
 from ..core.modules import module_of
+from ..core.noted import map_leaves
 from ..core.signature import (
     COMPILED_FUNCTION,
     COMPILED_IN_PLACE,
@@ -185,13 +186,15 @@ def start_net(
     takes = field_takes(net) if context is None else Takes("t, x")
     function = originals(net, modules) if wants else net
     if context is not None:
+        context = context[...]  # apart from what it is computed from, see Noted
         function = AutogradField(function, context)
     function, plain = function_of(function, slots, takes=takes)
     if density:
         exact = system.estimator.is_exact and "jvp" not in wants
         function = fastest(function, net, z, context, plain=plain, exact=exact, one_graph=one_graph)
-    rhs = system.start(function, z, density=density, probes=probes, one_graph=one_graph, user_field=net)
-    return replace(rhs, trained=lambda: tensors_of((net,), context))
+    return system.start(
+        function, z, density=density, probes=probes, one_graph=one_graph, user_field=net, reads=context
+    )
 
 
 def start_torchdyn(
@@ -221,6 +224,7 @@ def start_torchdyn(
     Raises:
         ConfigError: for a state that penalties cannot measure.
     """
+    args = map_leaves(as_view, args)
     cost = vf.integral_loss if type(vf) is DEFunc and vf.sensitivity == "autograd" else None
     state = x if cost is None else x[:, 1:]
     modules = list(vf.modules())
@@ -264,12 +268,9 @@ def start_torchdyn(
         columns = TorchdynColumns(hidden_cost if cost is None else cost, cost is None, event_shape)
     rhs = system.start(
         function, x, density=density, probes=probes, one_graph=one_graph, net=holder,
-        user_field=net if order == 1 else None, columns=columns,
+        user_field=net if order == 1 else None, columns=columns, reads=(vf, args),
     )  # fmt: skip
-    return replace(
-        rhs, trained=lambda: tensors_of((vf, hidden_cost), args), owner=vf, counters=counters,
-        inner_autograd=True,  # the field of a user may differentiate inside
-    )  # fmt: skip
+    return replace(rhs, owner=vf, counters=counters)
 
 
 def function_of(
@@ -360,12 +361,10 @@ def adds_time(module: nn.Module) -> bool:
     return type(module) is DepthCat and module.idx_cat in (1, -1)
 
 
-def tensors_of(parts: Iterable[object], args: object) -> Iterator[Tensor]:
-    """The tensors with respect to which an adjoint differentiates: parameters in ``parts``, tensors in ``args``."""
-    for part in parts:
-        if isinstance(part, nn.Module):
-            yield from part.parameters()
-    yield from (x for x in tree("tree_leaves")(args) if isinstance(x, Tensor) and x.requires_grad)
+def as_view(x: Any) -> Any:
+    """A tensor that requires a gradient as a view, which no other tensor of a solve is computed from."""
+    # not view_as, which changes the strides of dimensions of size 1
+    return x[...] if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def is_cnf(module: nn.Module) -> bool:
