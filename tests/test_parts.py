@@ -83,7 +83,7 @@ def test_a_resume_with_other_settings_is_a_part_of_its_own(done: Run, tmp_path: 
     assert contents.parts == parts_of(read_checkpoint(done.last))
     assert contents.result is not None
     assert contents.result.part == fitted.result.part == contents.parts[1].key
-    assert settings_of(contents)["optimizer.lr"] == "0.002, from step 10: 0.1"
+    assert settings_of(contents)["changes"] == ("step 10: optimizer.lr 0.002 → 0.1, training.max_steps 10 → 12")
     straight = Run(write_run(tmp_path / "straight", faster, steps=1, checks=(), facts=contents.facts)).read()
     assert configuration_of(straight) != configuration_of(contents)
 

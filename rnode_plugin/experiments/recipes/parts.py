@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,3 +82,16 @@ def joined(before: Sequence[Part], new: Part, *, same_rates: bool) -> tuple[Part
 def part_at(parts: Iterable[Part], step: int) -> Part | None:
     """Return the part in which a step was taken, counted from 1; None if it is not known."""
     return next((each for each in reversed([*parts]) if each.first < step), None)
+
+
+def changes_in(parts: Sequence[Part]) -> list[str]:
+    """Say what each part changes, as in ``step 39: regularizers.kinetic 100.0 → 0.01``."""
+    said: list[str] = []
+    for before, later in itertools.pairwise(parts):
+        old, new = ({**dict(each.recipe.settings()), "devices": each.devices} for each in (before, later))
+        texts = [
+            f"{path} {as_text(old.get(path, 'not set'))} → {as_text(new.get(path, 'not set'))}"
+            for path in sorted(before.changes(later))
+        ]
+        said.append(f"step {later.first}: {', '.join(texts)}")
+    return said

@@ -11,7 +11,7 @@ from ...core.schedules import final_strength
 from ...errors import ConfigError
 from ...plugins import registry
 from ..quantities import steps_of
-from ..recipes.parts import Part
+from ..recipes.parts import changes_in
 from ..recipes.recipe import Recipe, as_text
 from ..runs.contents import RunContents
 from ..runs.run import Run
@@ -60,28 +60,18 @@ def settings_of(run: RunContents) -> dict[str, str]:
     """The text of each setting in which runs of two configurations may differ.
 
     The seed is left out, whether the steps are compiled, and the path of the data too if the facts of the run
-    identify them: a copy is the same. A setting that a resumed run has changed has each value with its step.
+    identify them: a copy is the same. ``changes`` are those of a resumed run, with their steps.
     """
     left_out = {"training.seed", "training.compile"} | (set() if run.facts is None else {"data.root"})
-    texts: dict[str, str] = {}
-    last: dict[str, str] = {}
-    for part in run.parts or (Part(first=0, devices=run.devices, planned=None, recipe=run.recipe),):
-        own = {path: as_text(value) for path, value in [*part.recipe.settings(), ("devices", part.devices)]}
-        for path in {**last, **own}:
-            text = own.get(path, "not set")
-            if part.first == 0:
-                texts[path] = text
-            elif text != last.get(path, "not set"):
-                texts[path] = f"{texts.get(path, 'not set')}, from step {part.first}: {text}"
-            last[path] = text
-    return {path: text for path, text in texts.items() if path not in left_out}
+    texts = {path: as_text(value) for path, value in run.recipe.settings() if path not in left_out}
+    return {**texts, "devices": str(run.devices), "changes": "; ".join(changes_in(run.parts))}
 
 
 def configuration_of(run: RunContents) -> tuple[object, ...]:
     """A key that the runs of one configuration share, and no run of another configuration has.
 
-    It has the settings by the parts of the run, the number of devices among them, because a step takes a batch on
-    each, and the data. Names and
+    It has the settings and their changes, the number of devices, because a step takes a batch on each, and the
+    data. Names and
     descriptions change no run and are left out.
     """
     return tuple(settings_of(run).items()), run.facts and run.facts.identity

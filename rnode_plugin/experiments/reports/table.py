@@ -10,6 +10,7 @@ import pandas
 from ...core.schedules import strength_text
 from ..quantities import Entry, state_of, table_of
 from ..recipes.kind import Kind
+from ..recipes.parts import changes_in
 from ..text import change_with_error
 from .configurations import Configuration, Difference, base_of, paired_difference
 
@@ -70,6 +71,7 @@ def _column(
         ("device", "of each run", [place.device if place else "" for place in places]),
         ("devices", "that train a run together", [str(place.devices) if place else "" for place in places]),
         ("threads", "of each run", [str(place.threads) if place else "" for place in places]),
+        ("changes", "of settings, in a resumed run", changes_in(one.runs[0].parts)),
         ("state", "", [state_of(run) for run in one.runs]),
     ):  # fmt: skip
         column[name, meaning, True] = "; ".join(dict.fromkeys(texts))
