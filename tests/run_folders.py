@@ -111,5 +111,6 @@ def result_of(
         skipped=0,
         evaluation=evaluation,
         training_seconds=steps / 2,
+        processor_seconds=steps / 3,
         run_seconds=float(steps),
     )

@@ -23,7 +23,17 @@ QUICK = as_options(*SETTINGS, "training.max_steps=1", "training.val_every_steps=
 JSON: dict[str, tuple[list[str], set[str]]] = {
     "train": (
         ["digits", "--device", "cpu", "--runs", "NEW", "--callback", "tiny_runs:Loud", *QUICK],
-        {"folder", "checkpoint", "samples", "stopped", "steps", "planned", "training_seconds", "evaluation"},
+        {
+            "folder",
+            "checkpoint",
+            "samples",
+            "stopped",
+            "steps",
+            "planned",
+            "training_seconds",
+            "processor_seconds",
+            "evaluation",
+        },
     ),
     "compare": (
         ["digits", "--configuration", "none", "--device", "cpu", "--out", "NEW", *QUICK],

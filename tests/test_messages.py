@@ -208,7 +208,7 @@ def make_files(here: Path) -> None:
         # as a run with three steps leaves it, whose weights and optimizer are read later
         plan = dataclasses.asdict(RunPlan(steps_per_epoch=30, total=3, val_every=3))
         states = {
-            ROWS: {"plan": plan, "run_seconds": 1.0, "training_seconds": 1.0},
+            ROWS: {"plan": plan, "run_seconds": 1.0, "training_seconds": 1.0, "processor_seconds": 1.0},
             SAVES: {"best": 1.0, "validation": {}},
         }
         begun = {

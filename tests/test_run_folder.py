@@ -60,6 +60,7 @@ def result(kind: Kind, *, stopped: str = "finished", steps: int = 8, samples: in
         steps=steps,
         planned=8,
         training_seconds=0.1 + 0.2,
+        processor_seconds=0.3 + 0.4,
         run_seconds=1e-7,
         skipped=1,
         evaluation=Evaluation(

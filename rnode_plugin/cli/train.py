@@ -268,6 +268,7 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     rows = [
         ("steps", f"{result.steps} of {result.planned}{limit}{skipped}"),
         ("training time", f"{duration(result.training_seconds)}  without validation"),
+        ("processor time", f"{duration(result.processor_seconds)}  of the training, all threads"),
         *result_rows(result.evaluation, recipe.kind, recipe.test_solver),
         ("checkpoint", str(run.best)),
         ("metrics", str(run.metrics)),

@@ -85,6 +85,11 @@ def table_of(
         },
         "nfe_test": Entry("NFE, test", f"all blocks, test solver ({by}){alone}"),
         "training_seconds": Entry("training time", "without validation", form=duration),
+        "processor_seconds": Entry(
+            "processor time",
+            "of the training, all threads; other work on the machine changes it little",
+            form=duration,
+        ),
         "seconds_per_step": Entry("time per step", "median", " s"),
         "nfe_train": Entry("NFE, training", "all blocks, training solver, mean over the last tenth of the steps"),
         **{name: penalty(name, undivided, whole_jacobian=whole_jacobian) for name in penalties},
@@ -128,6 +133,7 @@ def numbers_of(run: RunContents) -> dict[str, float]:
             "nfe_test": evaluation.nfe_mean,
             "gap": math.nan if gap is None else gap,
             "training_seconds": result.training_seconds,
+            "processor_seconds": result.processor_seconds,
         }
     else:
         measured = {
@@ -136,6 +142,7 @@ def numbers_of(run: RunContents) -> dict[str, float]:
             "nfe_test": _last(validated.get("nfe")),
             "gap": _last(validated.get("gap")),
             "training_seconds": max(metrics.rows["train_seconds"], default=math.nan),
+            "processor_seconds": math.nan,
         }
     # the NFE of an adaptive solver grow while a model trains, so the last tenth of the steps describes its end. The
     # median of the times leaves out the first steps, which compile and warm up

@@ -14,7 +14,7 @@ from ..recipes.parts import changes_in
 from ..text import change_with_error
 from .configurations import Configuration, Difference, base_of, paired_difference
 
-_SHOWN = ("nfe_test", "training_seconds")
+_SHOWN = ("nfe_test", "training_seconds", "processor_seconds")
 """Quantities that a page shows beside the scores. It shows others when a reader unfolds them."""
 
 

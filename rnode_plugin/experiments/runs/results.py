@@ -28,6 +28,7 @@ class Result:
         steps: optimizer steps of the whole run; after a signal, the steps in the newest checkpoint.
         planned: steps in the recipe.
         training_seconds: time of all steps of the run, without validations.
+        processor_seconds: processor time of the first process in these steps, over all its threads.
         run_seconds: wall-clock time of the whole run, without the final evaluation.
         skipped: steps without a usable gradient, which changed nothing.
         part: the key of the part of the run in which the last step was taken; None if it is not known.
@@ -42,6 +43,7 @@ class Result:
     steps: int
     planned: int
     training_seconds: float
+    processor_seconds: float
     run_seconds: float
     skipped: int
     part: str | None = None

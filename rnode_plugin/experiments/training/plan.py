@@ -307,7 +307,7 @@ def _check_states(contents: Contents) -> None:
     """Look up what Lightning and our callbacks restore, in whose hooks a missing value would look like a bug."""
     if type(contents["global_step"]) is not int:
         raise TypeError(f"global_step is {contents['global_step']!r}")
-    itemgetter("plan", "run_seconds", "training_seconds")(contents["callbacks"][ROWS])
+    itemgetter("plan", "run_seconds", "training_seconds", "processor_seconds")(contents["callbacks"][ROWS])
     itemgetter("best", "validation")(contents["callbacks"][SAVES])
     itemgetter("skipped", "skipped_in_row", "safe_steps")(contents["progress"])
     itemgetter("state_dict", "epoch_progress", "epoch_loop.batch_progress")(contents["loops"]["fit_loop"])

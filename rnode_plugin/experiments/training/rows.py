@@ -41,17 +41,19 @@ class Rows(Callback):
         training_seconds: time of all steps of the run, including the parts before it was resumed. A step lasts
             from the end of the step before it, so waiting for its batches counts. Validations and writing
             checkpoints do not count.
+        processor_seconds: processor time of this process in the same steps, over all threads.
     """
 
     def __init__(
         self, experiment: Experiment, plan: RunPlan, folder: RunFolder, stop: StopAt, *, progress: bool = False
     ) -> None:
-        self.training_seconds = 0.0
+        self.training_seconds = self.processor_seconds = 0.0
         self._experiment, self._plan, self._folder, self._stop = experiment, plan, folder, stop
         self._progress = progress
         # both in the first process alone
         self._table: MetricsTable | None = None
         self._terminal: Terminal | None = None
+        self._processor_began = time.process_time()
         self._began = self._step_began = time.monotonic()  # this clock ignores changes of the system's time
         self._seconds_before = 0.0  # of the run in earlier calls
 
@@ -62,7 +64,7 @@ class Rows(Callback):
 
     def begin_step(self) -> None:
         """Begin the time of the next step, after writing a checkpoint."""
-        self._step_began = time.monotonic()
+        self._step_began, self._processor_began = time.monotonic(), time.process_time()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._progress and trainer.is_global_zero:
@@ -77,6 +79,9 @@ class Rows(Callback):
         module, now, step = cast("RnodeModule", pl_module), time.monotonic(), trainer.global_step
         seconds, self._step_began = now - self._step_began, now
         self.training_seconds += seconds
+        used = time.process_time()
+        self.processor_seconds += used - self._processor_began
+        self._processor_began = used
         self._begin(trainer, module)
         validates = self._plan.validates(trainer)
         # a callback may end the run in a validation, and the last step has a row
@@ -165,7 +170,9 @@ class Rows(Callback):
             "plan": dataclasses.asdict(self._plan),
             "run_seconds": self.run_seconds,
             "training_seconds": self.training_seconds,
+            "processor_seconds": self.processor_seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before, self.training_seconds = state_dict["run_seconds"], state_dict["training_seconds"]
+        self.processor_seconds = state_dict["processor_seconds"]

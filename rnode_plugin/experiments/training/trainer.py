@@ -278,6 +278,7 @@ def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, hooks: Hook
         steps=trainer.global_step,
         planned=plan.total,
         training_seconds=hooks.rows.training_seconds,
+        processor_seconds=hooks.rows.processor_seconds,
         run_seconds=hooks.rows.run_seconds,
         skipped=module.skipped,
         part=None if (part := part_at(module.parts, trainer.global_step)) is None else part.key,
