@@ -165,6 +165,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings: tuple[str, ...],
     rest = run(recipe, tmp_path / "elsewhere", resume=part.run.path)
     assert rest.run == part.run
     assert rest.result.run_seconds > part.result.run_seconds
+    assert rest.result.processor_seconds >= part.result.processor_seconds > 0
     assert_same(whole.run.path, rest.run.path)
 
 
@@ -511,6 +512,8 @@ def test_training_time_has_waits_and_no_validation(tmp_path: Path) -> None:
     seconds = [float(row["train_seconds"]) for row in steps]
     assert seconds == pytest.approx(list(itertools.accumulate(float(row["seconds_per_step"]) for row in steps)))
     assert 0.4 < seconds[-1] < fitted.result.run_seconds - 0.4
+    # which waits without computing anything
+    assert fitted.result.processor_seconds > 0
 
 
 # the plan ------------------------------------------------------------------------------------------------------
