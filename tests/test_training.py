@@ -512,8 +512,6 @@ def test_training_time_has_waits_and_no_validation(tmp_path: Path) -> None:
     seconds = [float(row["train_seconds"]) for row in steps]
     assert seconds == pytest.approx(list(itertools.accumulate(float(row["seconds_per_step"]) for row in steps)))
     assert 0.4 < seconds[-1] < fitted.result.run_seconds - 0.4
-    # which waits without computing anything
-    assert fitted.result.processor_seconds > 0
 
 
 # the plan ------------------------------------------------------------------------------------------------------
