@@ -6,11 +6,13 @@ bugs show a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 
 class RnodeError(Exception):
@@ -118,9 +120,9 @@ def suggest(name: str, known: Iterable[str], kind: str) -> str:
     return f"unknown {kind} {name!r}{hint} Known: {listed}."
 
 
-def check_name(name: object, known: Sequence[str], kind: str) -> None:
+def check_name(name: object, known: Collection[str], kind: str) -> None:
     """Refuse an unknown name (ConfigError), with the known ones."""
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(suggest(str(name), known, kind))
 
 
@@ -134,3 +136,29 @@ def check_count(value: object, what: str) -> int:
     if not is_count(value):
         raise ConfigError(f"{what} must be a whole number of at least 1, not {value!r}.")
     return int(value)
+
+
+def check_number(
+    value: Any, what: str, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf
+) -> float:
+    """Return ``value`` as a float if it is a finite number in the range; else a ConfigError calls it ``what``.
+
+    A tensor or an array of one entry is a number, and a bool or a text is none.
+    """
+    number = math.nan
+    if not isinstance(value, (bool, str)):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            number = float(value)
+    if not (math.isfinite(number) and above < number < below and number >= least):
+        limits = ((">", above), (">=", least), ("<", below))
+        text = " and ".join(f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit))
+        raise ConfigError(f"{what} must be a finite number{text and ' ' + text}, not {value!r}.")
+    return number
+
+
+def check_shape(shape: object, what: str) -> tuple[int, ...]:
+    """The shape as a tuple; a ConfigError calls it ``what`` unless it has one or more whole numbers above 0."""
+    sizes = (shape,) if is_count(shape) else shape
+    if not isinstance(sizes, Sequence) or not sizes or not all(map(is_count, sizes)):
+        raise ConfigError(f"{what} must have one or more whole numbers >= 1, not {shape!r}.")
+    return tuple(map(int, sizes))

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from .integrals import Integrals, weighted_sum
 from .modes import transforms_active
 from .regularizers import NONE, Regularizers
+from .schedules import Lambda
 
 
 class History(Mapping[str, Tensor]):
@@ -166,7 +167,7 @@ class History(Mapping[str, Tensor]):
             )
         return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]}
 
-    def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+    def loss(self, *, step: int | None = None, **lambdas: Lambda) -> Tensor:
         """The sum of :meth:`Integrals.loss` over the solves: a scalar in nats/dim.
 
         Without regularizers it is 0, even before the first call.

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from .modes import escaped, transforms_active
 from .objective import penalty
 from .regularizers import Regularizers
+from .schedules import Lambda
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +79,7 @@ class Integrals(Mapping[str, Tensor]):
             )
         return self
 
-    def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+    def loss(self, *, step: int | None = None, **lambdas: Lambda) -> Tensor:
         """Sum lambda * mean over the batch / dimensions of ``z`` over all penalties (eq. 17): a scalar in nats/dim.
 
         A batch without samples counts as 0, and so do no penalties. After a backward pass, which frees the graph,
@@ -96,7 +97,7 @@ class Integrals(Mapping[str, Tensor]):
 
 
 def weighted_sum(
-    solves: Sequence[Integrals], regularizers: Regularizers, step: int | None, lambdas: Mapping[str, float]
+    solves: Sequence[Integrals], regularizers: Regularizers, step: int | None, lambdas: Mapping[str, Lambda]
 ) -> Tensor:
     """The weighted sum of eq. 17 over the penalties of all ``solves``; arguments and errors as for ``loss``."""
     numbers, whole = regularizers.strengths_at(step, lambdas), regularizers.undivided

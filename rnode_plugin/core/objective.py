@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..errors import ConfigError, suggest
+from ..errors import check_name, check_number
 from .health import HealthCheck, check_all
+from .schedules import Lambda
 
 Value = TypeVar("Value", Tensor, float)
 
@@ -80,7 +81,7 @@ def per_dim(values: Mapping[str, Value], *, dims: int, undivided: Collection[str
 def penalty(
     regularization: Mapping[str, Tensor],
     *,
-    lambdas: Mapping[str, float],
+    lambdas: Mapping[str, Lambda],
     dims: int,
     undivided: Collection[str] = (),
 ) -> dict[str, Tensor]:
@@ -98,9 +99,9 @@ def penalty(
     """
     terms: dict[str, Tensor] = {}
     for name, strength in lambdas.items():
-        if name not in regularization:
-            raise ConfigError(suggest(name, regularization, "penalty"))
-        terms[name] = strength * regularization[name].mean()
+        check_name(name, regularization, "penalty")
+        mean = regularization[name].mean()
+        terms[name] = (strength.to(mean).reshape(()) if isinstance(strength, Tensor) else strength) * mean
     return per_dim(terms, dims=dims, undivided=undivided)
 
 
@@ -108,7 +109,7 @@ def objective(
     log_prob: Tensor,
     regularization: Mapping[str, Tensor] | None = None,
     *,
-    lambdas: Mapping[str, float] | None = None,
+    lambdas: Mapping[str, Lambda] | None = None,
     dims: int,
     undivided: Collection[str] = (),
 ) -> Objective:
@@ -165,9 +166,8 @@ def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int, low: float = 0.0, 
         >>> bits_per_dim(uniform - 784 * math.log(2), dims=784, levels=256, low=-1, high=1)
         tensor([8., 8.])
     """
-    if not high > low:
-        raise ConfigError(f"high must be above low, the edges of the data's range: {high!r} is not above {low!r}.")
-    return math.log2(levels / (high - low)) - log_prob / (dims * math.log(2))
+    width = check_number(high - low, "high - low, the width of the data's range,", above=0)
+    return math.log2(levels / width) - log_prob / (dims * math.log(2))
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_count, check_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_LAMBDA = 0.01
 """The paper's strength for both penalties on every data set (section 6)."""
 
-Strength = float | Callable[[int], float]
+Lambda: TypeAlias = "float | Tensor"
+"""A number. A scalar tensor that requires a gradient gets one, as a multiplier of Lagrange does."""
+
+Strength: TypeAlias = "Lambda | Callable[[int], Lambda]"
 """Lambda: a number, or a function of the number of optimizer steps taken."""
 
 
@@ -63,26 +68,24 @@ def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
     Raises:
         ConfigError: for fewer than one step, or a strength that is negative or not finite.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"a warm-up takes a whole number of steps, at least 1, not {steps!r}.")
-    return LinearWarmup(steps, checked_lambda("linear_warmup", strength))
+    return LinearWarmup(check_count(steps, "the steps of a warm-up"), checked_lambda("linear_warmup", strength))
 
 
-def strength_at(name: str, strength: Strength, step: int | None) -> float:
+def strength_at(name: str, strength: Strength, step: int | None) -> Lambda:
     """The lambda of penalty ``name`` at an optimizer step.
 
     Raises:
         ConfigError: for a step that is not finite, a function without a step, or one whose value is negative or not
             finite.
     """
-    if step is not None and not math.isfinite(step):  # min() of a warm-up would take NaN for its end
-        raise ConfigError(f"step must be the number of steps that the optimizer has taken, not {step!r}.")
     if not callable(strength):
         return strength
     if step is None:
         raise ConfigError(
             f"lambda of {name!r} depends on the optimizer's step: give it, reg_loss(step=n), n = 0 at the first."
         )
+    # min() of a warm-up would take NaN for its end
+    check_number(step, "step, the number of steps that the optimizer has taken,")
     return checked_lambda(name, strength(step))
 
 
@@ -96,12 +99,8 @@ def strength_text(strength: WrittenStrength) -> str:
     return str(strength) if isinstance(strength, LinearWarmup) else f"{strength:g}"
 
 
-def checked_lambda(name: str, strength: Any) -> float:
-    """A strength as a float; a ConfigError unless it is finite and not negative."""
-    try:
-        value = float(strength)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"lambda of {name!r} must be a finite number >= 0, not {strength!r}.")
-    return value
+def checked_lambda(name: str, strength: Any) -> Any:
+    """A strength as a float, or as it is if it has a graph; a ConfigError unless it is a finite number >= 0."""
+    trains = getattr(strength, "requires_grad", False)
+    value = check_number(strength.detach() if trains else strength, f"lambda of {name!r}", least=0)
+    return strength if trains else value
