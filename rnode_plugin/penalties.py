@@ -14,8 +14,8 @@ from .core.derivatives import Velocity
 from .core.integrals import Integrals
 from .core.modes import differs, outside_inference, refuse_dual_numbers, transforms_active
 from .core.modules import module_of
-from .core.part import PartSpec, State, tensors_of
-from .core.regularizer import Rate
+from .core.part import PartSpec, State, check_first, tensors_of
+from .core.regularizer import Rate, Regularizer
 from .core.regularizers import RegularizersLike
 from .core.signature import accepts, call_of, field_takes, time_first
 from .core.system import System
@@ -76,16 +76,11 @@ def penalties_at(
         raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
     refuse_dual_numbers()
     rates = resolve_regularizers(regularizers)
-    if batch_dim not in (0, None):
-        raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
+    check_first(batch_dim)
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
     if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
-    for each in rates:
-        if not isinstance(each, Rate) or each.finish is not None:
-            raise ConfigError(
-                f"{each.name!r} is not a rate alone: it needs a solve, which penalties_at does not make."
-            )
+    _refuse_all_but_rates(rates, ends=False)
     system = System(rates, trace_estimator, part=PartSpec(batch_dim=batch_dim))
     with outside_inference(t, z, velocity, context) as (time, z, velocity, context):
         function = _velocity_of(field, context)
@@ -158,12 +153,7 @@ def penalties_along(
     """
     refuse_dual_numbers()
     resolved = resolve_regularizers(regularizers)
-    for each in resolved:
-        if not isinstance(each, Rate):
-            raise ConfigError(
-                f"{each.name!r} reads or changes the steps or the times of a solve, which was made already: use it "
-                "in NeuralODE or RegularizedCNF, and a rate such as 'kinetic' or 'jacfrob' along given states."
-            )
+    _refuse_all_but_rates(resolved, ends=True)
     row = _row_of(times)
     _check_states("states", states, len(row))
     if velocities is not None:
@@ -213,6 +203,16 @@ def _velocity_of(field: Callable[..., Any], context: Tensor | None) -> Velocity:
     return lambda t, z: function(t, z, context)
 
 
+def _refuse_all_but_rates(regularizers: Iterable[Regularizer], *, ends: bool) -> None:
+    """Refuse what reads the steps or the times of a solver, and without ``ends`` what reads the ends of a solve."""
+    for each in regularizers:
+        if not isinstance(each, Rate) or not (ends or each.finish is None):
+            raise ConfigError(
+                f"{each.name!r} reads or changes a solve, and none is made here: use it in NeuralODE or "
+                "RegularizedCNF, and a rate such as 'kinetic' or 'jacfrob' here."
+            )
+
+
 def _row_of(times: Tensor | Iterable[float | Tensor]) -> Tensor:
     """The times as one row ``(T,)``, checked."""
     if not isinstance(times, Tensor):
@@ -231,17 +231,14 @@ def _row_of(times: Tensor | Iterable[float | Tensor]) -> Tensor:
 def _check_states(name: str, states: object, count: int) -> None:
     """Refuse what is not a tensor, or a tuple of tensors, with the times along the first dimension."""
     tensors = (states,) if isinstance(states, Tensor) else states
-    if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+    fit = isinstance(tensors, tuple) and all(isinstance(x, Tensor) and x.shape[:1] == (count,) for x in tensors)
+    if not (fit and tensors):
+        got = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
         raise ConfigError(
-            f"{name} must be a tensor (T, B, ...), or a tuple of such tensors for a field of a tuple, not a "
-            f"{type(states).__name__}: torch.stack makes a tensor of a list of states."
+            f"{name} must be a tensor ({count}, B, ...) with the times first, or a tuple of such tensors for a "
+            f"field of a tuple, not {got}: torch.stack makes a tensor of a list of states, and where the samples "
+            "come first, as in torchode, give states.transpose(0, 1)."
         )
-    for x in tensors:
-        if x.shape[:1] != (count,):
-            raise ConfigError(
-                f"{name} must have the {count} times along their first dimension, not the shape {tuple(x.shape)}: "
-                "where the samples come first, as in torchode, give states.transpose(0, 1)."
-            )
 
 
 def _each_time(states: State) -> list[State]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, first_line, is_out_of_memory
 from .modules import module_of
+from .part import check_real
 
 _WAYS = (
     "Use trace_estimator='difference', which needs no product, or the layer without its kernel or checkpoint. "
@@ -118,11 +119,7 @@ def check_field(
         >>> rnode_plugin.check_field(lambda t, z: t * net(z), torch.tensor(0.5), torch.randn(4, 2))
         True
     """
-    if not z.is_floating_point():
-        raise ConfigError(
-            f"a check of a field takes a real floating-point state, not one of {z.dtype}: give a complex one as "
-            "torch.view_as_real(z)."
-        )
+    check_real(z)
     if z.is_meta or not z.numel() or torch.compiler.is_compiling():
         return False
     net = module_of(field) if net is None else net
@@ -312,11 +309,10 @@ def _host(x: Tensor) -> Tensor:
 
 def _refuse(text: str, error: RuntimeError | None = None) -> NoReturn:
     """Raise a ConfigError with this text, and with the words of an ``error`` of torch."""
-    if error is None:
-        raise ConfigError(text)
-    if is_out_of_memory(error):
+    if error is not None and is_out_of_memory(error):
         raise error
-    raise ConfigError(f"{text} torch says: {first_line(error)}") from error
+    words = "" if error is None else f" torch says: {first_line(error)}"
+    raise ConfigError(text + words) from error
 
 
 def _refuse_mixed_samples(here: _Evaluation) -> bool:

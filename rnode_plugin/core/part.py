@@ -138,20 +138,14 @@ class PartSpec:
             return None
         tensors, is_tuple = tensors_of(state), not isinstance(state, Tensor)
         count, chosen, dim = len(tensors), self.tensors or (0,), self.batch_dim
-        if self.tensors is not None and not is_tuple:
+        if (self.tensors is not None and not is_tuple) or any(not -count <= i < count for i in chosen):
             raise ConfigError(
-                f"penalized={chosen} names tensors of a tuple, but the state is one tensor: leave it out for all "
-                f"of the state, or give columns, such as slice({chosen[0]}, {chosen[-1] + 1})."
+                f"penalized={chosen} names tensors of a tuple, and this state is "
+                f"{f'a tuple of {count}' if is_tuple else 'one tensor: give its columns, such as slice(0, 2)'}."
             )
-        if any(not -count <= i < count for i in chosen):
-            raise ConfigError(f"penalized={chosen} names a tensor that a state with {count} does not have.")
         indices = tuple(sorted({i % count for i in chosen}))
         for x in (tensors[i] for i in indices):
-            if not x.is_floating_point():
-                raise ConfigError(
-                    f"penalties need a real floating-point state, not one of {x.dtype}: give a complex one as "
-                    "torch.view_as_real(x)."
-                )
+            check_real(x)
             if x.ndim == 0 or (dim is not None and not -x.ndim <= dim < x.ndim):
                 raise ConfigError(
                     f"batch_dim={dim} is not a dimension of the state of shape {tuple(x.shape)}: penalties belong "
@@ -183,6 +177,21 @@ class PartSpec:
         if tuple(mask.shape) != tuple(event[: mask.ndim]) or not mask.any():
             raise ConfigError(f"penalized={columns} selects nothing of a sample of shape {tuple(event)}.")
         return mask
+
+
+def check_real(z: Tensor) -> None:
+    """Refuse a state of whole or complex numbers, which products with a real Jacobian cannot have."""
+    if not z.is_floating_point():
+        raise ConfigError(
+            f"penalties and checks of a field need a real floating-point state, not one of {z.dtype}: give a "
+            "complex one as torch.view_as_real(x)."
+        )
+
+
+def check_first(batch_dim: int | None) -> None:
+    """Refuse samples along another dimension than the first, where a caller takes no other."""
+    if batch_dim not in (0, None):
+        raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
 
 
 def tensors_of(state: State) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,8 +178,7 @@ class StepPenalty:
         _check(self)
         object.__setattr__(self, "uses", _names(self.name, "uses", self.uses, ("error", "pair")))
         object.__setattr__(self, "about", self.about.or_of(self.of))
-        if self.reduction not in ("sum", "mean", "max"):
-            raise ConfigError(f"reduction of {self.name!r} must be 'sum', 'mean' or 'max', not {self.reduction!r}.")
+        check_name(self.reduction, ("sum", "mean", "max"), f"reduction of {self.name!r}:")
 
     def __reduce__(self) -> str | tuple[object, ...]:
         return _by_reference(self) or super().__reduce__()

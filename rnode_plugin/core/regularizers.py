@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PluginError, RnodeError, is_out_of_memory, suggest
+from ..errors import ConfigError, PluginError, RnodeError, check_name, is_out_of_memory
 from .modes import differs, read
 from .modules import module_of
 from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
-from .schedules import DEFAULT_LAMBDA, Strength, checked_lambda, strength_at
+from .schedules import DEFAULT_LAMBDA, Lambda, Strength, checked_lambda, strength_at
 from .signature import accepts
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Regularizers:
 
     # strengths ---------------------------------------------------------------------------------------------------
 
-    def strengths_at(self, step: int | None, lambdas: Mapping[str, float] | None = None) -> dict[str, float]:
+    def strengths_at(self, step: int | None, lambdas: Mapping[str, Lambda] | None = None) -> dict[str, Lambda]:
         """The lambda of each penalty by name.
 
         Args:
@@ -165,8 +165,7 @@ class Regularizers:
         """
         strengths = dict(self.strengths)
         for name, strength in (lambdas or {}).items():
-            if name not in strengths:
-                raise ConfigError(suggest(name, strengths, "penalty"))
+            check_name(name, strengths, "penalty")
             strengths[name] = _checked_strength(self.by_name[name], strength)
         return {name: strength_at(name, strength, step) for name, strength in strengths.items()}
 
@@ -302,8 +301,6 @@ NONE = Regularizers()
 def _resolved(entry: Any, by_name: Callable[[str], Regularizer] | None) -> Regularizer:
     if isinstance(entry, str) and by_name is not None:
         entry = by_name(entry)
-    if isinstance(entry, SpanPolicy) and not isinstance(getattr(entry, "name", None), str):
-        raise ConfigError(f"the span policy {entry!r} lacks a `name`, a text.")
     if isinstance(entry, Rate) and not accepts(entry.of, None):
         raise ConfigError(
             f"the function of {entry.name!r} must take one argument, an evaluation, which has t, z and dz: "

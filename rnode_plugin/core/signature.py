@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_name
 from .derivatives import Field
 
 TIME_NAMES = frozenset({"t", "time", "timestep", "timesteps"})
@@ -130,21 +130,13 @@ def innermost(field: Any) -> Any:
 def refuse_state_first(field: object, caller: str) -> None:
     """Refuse a field whose time is not the first parameter, for a caller that calls it as ``(t, x)``."""
     takes = field_takes(field)
-    if takes.order == "x" and takes.rest:
+    nameless = takes.order == "?" and accepts(field, None, None) and not accepts(field, None)
+    if nameless or (takes.order == "x" and takes.rest) or takes.order in ("x, t", "x, *, t", "..., t"):
+        unfilled = f" ({takes.rest[0]!r} has no value)" if takes.rest else ""
         raise ConfigError(
-            f"{caller} would call this field as (x), but it also takes {takes.rest[0]!r}, which is not known as a "
-            "time: give time_first(field, call=lambda net, t, x: net(x, t)), from rnode_plugin.core.signature."
-        )
-    if takes.order == "?" and accepts(field, None, None) and not accepts(field, None):
-        raise ConfigError(
-            f"{caller} would call this field as (x), but it takes two arguments, and neither name is known as a "
-            "time: call the time t, or give time_first(field), from rnode_plugin.core.signature, which passes the "
-            "time as the first one."
-        )
-    if takes.order in ("x, t", "x, *, t", "..., t"):
-        raise ConfigError(
-            f"{caller} calls a field as (t, x), but the time is not the first parameter of this one: give "
-            "time_first(field), from rnode_plugin.core.signature."
+            f"{caller} calls a field as (t, x), or as (x) without a time, but the first parameter of this one is "
+            f"not known as the time{unfilled}: call that t, or give time_first(field, call=lambda net, t, x: "
+            "net(x, t)), from rnode_plugin.core.signature."
         )
 
 
@@ -174,8 +166,8 @@ def time_first(
             a default; when called, for a velocity of nameless parameters whose result has another shape than the
             state.
     """
-    if time_shape not in (None, SCALAR) and time_shape not in TIME_SHAPES:
-        raise ConfigError(f"time_shape must be one of {', '.join(map(repr, TIME_SHAPES))}, not {time_shape!r}.")
+    if time_shape != SCALAR and time_shape is not None:
+        check_name(time_shape, TIME_SHAPES, "time_shape")
     takes = field_takes(field)
     if call is None:
         if isinstance(field, Field):
@@ -188,15 +180,10 @@ def time_first(
 
 def _refuse_unclear(takes: Takes, *, with_context: bool) -> None:
     """Refuse a velocity whose parameter names do not determine how it is called."""
-    if takes.order == "..., t":
+    if takes.order == "..., t" or (takes.order == "x" and takes.rest):
         raise ConfigError(
-            f"{takes.time!r} is neither the first nor the second parameter of this velocity: "
-            f"{_write('net(x, condition, t)')}."
-        )
-    if takes.order == "x" and takes.rest:
-        raise ConfigError(
-            f"{takes.rest[0]!r}, the parameter of this velocity after the state, is not known as a time: "
-            f"{_write('net(x, t)')}."
+            "the time must be the first or the second parameter of this velocity, and "
+            f"{takes.time or takes.rest[0]!r} is neither or not known as a time: {_write('net(x, t)')}."
         )
     rest = takes.rest[1:] if with_context else takes.rest
     if rest:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, suggest
+from ..errors import check_name
 
 _aten = torch.ops.aten
 
@@ -171,7 +171,5 @@ def get_activation(name: str) -> Activation:
     Raises:
         ConfigError: for an unknown name; the message lists the known ones.
     """
-    try:
-        return ACTIVATIONS[name]
-    except (KeyError, TypeError):
-        raise ConfigError(suggest(name, ACTIVATIONS, "activation")) from None
+    check_name(name, ACTIVATIONS, "activation")
+    return ACTIVATIONS[name]

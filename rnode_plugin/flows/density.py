@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,8 +18,9 @@ from ..core.history import History, refuse_data_parallel
 from ..core.integrals import Integrals
 from ..core.objective import FlowOutput, standard_normal_log_prob
 from ..core.regularizers import NONE, Regularizers, RegularizersLike
+from ..core.schedules import Lambda
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..errors import ConfigError, check_count
+from ..errors import ConfigError, check_count, check_number
 from ..solvers import Solver, get_solver
 
 _ONE = torch.Size()
@@ -106,7 +106,7 @@ class DensityModel(nn.Module, ABC):
         """The penalties and step lengths of the model's last solves."""
         return History()
 
-    def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+    def reg_loss(self, *, step: int | None = None, **lambdas: Lambda) -> Tensor:
         """Sum the weighted penalties of the last :meth:`encode` or :meth:`decode` (eq. 17), in nats/dim.
 
         Without regularizers it is 0. ``step``, ``lambdas`` and errors are as for
@@ -257,8 +257,7 @@ class DensityModel(nn.Module, ABC):
             SolverError: from the solve.
         """
         check_count(n, "the number of samples")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+        check_number(temperature, "temperature", above=0)
         base, shape = self.base, torch.Size([n])
         if generator is None:
             z = base.sample(shape)
@@ -387,11 +386,10 @@ class DensityModel(nn.Module, ABC):
                 or to B, and the noise is as :meth:`draw_noise` returns it for ``x``.
         """
         shape, what = (self._latent_shape, "latents") if latents else (self.event_shape, "samples")
-        if not isinstance(x, Tensor) or x.shape[1:] != shape:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ConfigError(f"{what} must be a tensor {batched(shape)}, not {got}.")
-        if not x.is_floating_point():  # the times of a solve take the precision of its samples
-            raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
+        # the times of a solve take the precision of its samples
+        if not isinstance(x, Tensor) or x.shape[1:] != shape or not x.is_floating_point():
+            got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(f"{what} must be a floating-point tensor {batched(shape)}, not {got}.")
         if noise is not None:
             self._check_noise(noise, x)
         batch_shape, own = _batch_shape_of(context, self.context_shape), self.context_shape
@@ -429,21 +427,15 @@ class DensityModel(nn.Module, ABC):
         return output
 
     def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
-        shapes = self.block_shapes
-        if isinstance(noise, Tensor) or len(noise) != len(shapes):
+        # the estimator knows the shapes of its noise
+        like = [self.estimator.draw(x.new_empty(len(x), *s, device="meta")) for s in self.block_shapes]
+        expected = [None if probe is None else (tuple(probe.shape), x.dtype, x.device) for probe in like]
+        got = [None if probe is None else (tuple(probe.shape), probe.dtype, probe.device) for probe in noise]
+        if isinstance(noise, Tensor) or got != expected:
             raise ConfigError(
-                f"noise= must be a list of {len(shapes)}, one entry for each block, as draw_noise gives it, not "
-                f"{type(noise).__name__} of {len(noise)}."
+                f"noise= must be as draw_noise gives it, one entry for each block, {expected}, not {got} (None: an "
+                "exact trace takes none)."
             )
-        for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
-            # the estimator knows the shape of its noise
-            like = self.estimator.draw(x.new_empty(len(x), *shape, device="meta"))
-            expected = None if like is None else (tuple(like.shape), x.dtype, x.device)
-            got = None if probe is None else (tuple(probe.shape), probe.dtype, probe.device)
-            if got != expected:
-                raise ConfigError(
-                    f"the noise of block {k} must be {expected}, not {got} (None: an exact trace takes none)."
-                )
 
     @property
     def _latent_shape(self) -> torch.Size:

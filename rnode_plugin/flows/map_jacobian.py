@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_field, once
-from ..core.modes import differs, transforms_active
+from ..core.modes import transforms_active
 from ..core.objective import FlowOutput
 from ..errors import ConfigError
 from ..flows.density import DensityModel
@@ -24,12 +24,6 @@ MOST_DIMS = 256
 """Most dimensions of a map whose Jacobian is taken, since each takes one backward pass through the solve."""
 
 _BATCH, _NUMBERS = 1024, 4_000_000  # most samples of one solve with its graph, and most entries of their Jacobians
-
-_TRANSFORMED = (
-    "the Jacobian of the discrete map takes backward passes through its solve, which torch.func allows only inside "
-    "of a gradient with respect to the latents (grad, vjp, jacrev): call it outside of vmap, jvp and other "
-    "gradients, or integrate the trace (inverse_and_log_prob)."
-)
 
 
 def map_log_prob(model: DensityModel, z: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,11 +106,8 @@ def jacobian_of(
 
     Raises:
         ConfigError: for a map that mixes samples or has no graph; with ``graph``, for a layer whose backward
-            pass cannot be differentiated; inside of a transform of torch.func other than a gradient with respect to
-            ``z``.
+            pass cannot be differentiated.
     """
-    if transforms_active() and not (graph and z.requires_grad):
-        raise ConfigError(_TRANSFORMED)
 
     def of_state(_: Tensor, z: Tensor) -> Tensor:
         return function(z).reshape(z.shape)
@@ -131,8 +122,6 @@ def jacobian_of(
 
             once(net, ("map", graph, z.dtype, z.device, len(z) > 1, getattr(net, "training", None)), check)
         x = function(z)
-        if differs(x):
-            raise ConfigError(_TRANSFORMED)
         # if samples do not mix, the gradient of a sum over the batch has one row for each sample
         rows = [
             torch.autograd.grad(each.sum(), z, retain_graph=True, create_graph=graph)[0].flatten(1)

@@ -14,7 +14,7 @@ from ..core.objective import bits_per_dim
 from ..core.regularizers import RegularizersLike
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator
-from ..errors import ConfigError, check_count
+from ..errors import ConfigError, check_count, check_number, check_shape
 from ..fields import conv_field
 from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver, check_all
@@ -192,14 +192,11 @@ class MultiscaleFlow(BlockFlow):
         super().__init__(
             solver=solver, regularizers=regularizers, trace_estimator=trace_estimator, warm_start=warm_start
         )
-        shape = tuple(image_shape)
-        if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
-            raise ConfigError(
-                f"image_shape must be three positive integers (channels, height, width), not {shape}."
-            )
+        shape = check_shape(image_shape, "image_shape")
+        if len(shape) != 3:
+            raise ConfigError(f"image_shape must be (channels, height, width), not {shape}.")
         self.image_shape, self.event_shape = shape, torch.Size(shape)
-        if not 0 < alpha < 0.5:  # else the logit is not finite on [0, 1]
-            raise ConfigError(f"alpha must be between 0 and 0.5 (both excluded), not {alpha!r}.")
+        check_number(alpha, "alpha", above=0, below=0.5)  # else the logit is not finite on [0, 1]
         self.alpha, self.levels = alpha, check_count(levels, "levels")
         self.stages = plan_stages(self.image_shape)
         self.fields = nn.ModuleList()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.regularizers import RegularizersLike
 from ..core.trace_estimators import TraceEstimator
-from ..errors import ConfigError
+from ..errors import ConfigError, check_count
 from ..fields import linear_field
 from ..fields.stack import AtContext, StackField
 from ..regularizers import jacfrob, kinetic
@@ -79,13 +79,8 @@ class TableFlow(BlockFlow):
         trace_estimator: str | TraceEstimator = "auto",
         warm_start: bool = False,
     ) -> None:
-        for name, value, least in (("columns", columns, 1), ("context", context, 0), ("blocks", blocks, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f"a TableFlow's {name} must be a whole number of at least {least}, not {value!r}."
-                )
-        if field is not None and not callable(field):
-            raise ConfigError(f"a TableFlow's field must be a function that makes a module, not {field!r}.")
+        columns, blocks = check_count(columns, "columns"), check_count(blocks, "blocks")
+        context = context and check_count(context, "context")
         if trace_estimator == "auto":
             trace_estimator = "exact" if columns <= _EXACT_COLUMNS else "rademacher"
         super().__init__(
@@ -120,13 +115,15 @@ class TableFlow(BlockFlow):
         Raises:
             ConfigError: for another shape, fewer than two rows, and a column that is constant or not finite.
         """
-        if rows.ndim != 2 or rows.shape[1] != len(self.mean) or len(rows) < 2:
-            raise ConfigError(f"standardize takes rows (N, {len(self.mean)}) with N >= 2, not {tuple(rows.shape)}.")
         # in double precision, because a column may have a large mean and a small deviation
         values = rows.to("cpu", torch.float64)
         mean, scale = values.mean(0), values.std(0, unbiased=False)
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise ConfigError("standardize: a column is constant, or not finite.")
+        # of one row the deviations are 0
+        if rows.ndim != 2 or scale.shape != self.scale.shape or not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ConfigError(
+                f"standardize takes rows (N, {len(self.mean)}) whose columns are finite and vary: these have the "
+                f"shape {tuple(rows.shape)}, or a column that is constant or not finite."
+            )
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 

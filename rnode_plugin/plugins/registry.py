@@ -331,19 +331,19 @@ def _made_regularizer(factory: Callable[..., Any], base: str, options: str, name
             named[key.strip()] = number
         else:
             positional.append(number)
-    wrong = PluginError(
-        f"the regularizer {base!r} of {check_name('regularizers', base)} must be a Rate, a StepPenalty or a "
-        "SpanPolicy of rnode_plugin.regularizers, a function (t, z, dz), or a function or class that makes one and "
-        f"takes name=, the text that the user wrote. A function of an evaluation becomes one by Rate({base!r}, "
-        "function), and a class without options is registered as an object."
-    )
-    if not _takes_name(factory):
-        raise wrong
-    try:
-        inspect.signature(factory).bind(*positional, **named, name=name)
-    except TypeError as error:
-        raise ConfigError(f"the regularizer {base!r} does not take the options {options!r}: {error}.") from error
-    made = call("regularizers", base, *positional, **named, name=name)
+    made: Any = None
+    if _takes_name(factory):
+        try:
+            inspect.signature(factory).bind(*positional, **named, name=name)
+        except TypeError as error:
+            text = f"the regularizer {base!r} does not take the options {options!r}: {error}."
+            raise ConfigError(text) from error
+        made = call("regularizers", base, *positional, **named, name=name)
     if not isinstance(made, Regularizer):
-        raise wrong
+        raise PluginError(
+            f"the regularizer {base!r} of {check_name('regularizers', base)} must be a Rate, a StepPenalty or a "
+            "SpanPolicy of rnode_plugin.regularizers, a function (t, z, dz), or a function or class that makes one "
+            "and takes name=, the text that the user wrote. A function of an evaluation becomes one by "
+            f"Rate({base!r}, function), and a class without options is registered as an object."
+        )
     return made

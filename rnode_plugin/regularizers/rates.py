@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.regularizer import About, Rate, Source, rate
 from ..core.trace_estimators import sum_event, sum_squares
-from ..errors import ConfigError
+from ..errors import ConfigError, is_count
 
 if TYPE_CHECKING:
     from ..core.field_evaluation import FieldEvaluation
@@ -96,7 +96,7 @@ def taylor(order: int = 3, *, name: str = "") -> Rate:
     Raises:
         ConfigError: for another order.
     """
-    if not isinstance(order, int) or isinstance(order, bool) or not 2 <= order <= 5:
+    if not is_count(order) or not 2 <= order <= 5:
         raise ConfigError(f"taylor takes a whole order from 2 to 5, not {order!r}: 'taylor:3'.")
     about = About(
         "‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.regularizer import About, Source, SpanPolicy
-from ..errors import ConfigError
+from ..errors import ConfigError, check_number
 
 
 def with_end_time(t_span: Tensor, end: Tensor) -> Tensor:
@@ -54,9 +53,7 @@ class Steer(SpanPolicy):
     name: str = "steer"
 
     def __post_init__(self) -> None:
-        width = self.width
-        if isinstance(width, bool) or not (isinstance(width, (int, float)) and math.isfinite(width) and width > 0):
-            raise ConfigError(f"steer: the width must be a number > 0, not {width!r}: 'steer:0.25'.")
+        check_number(self.width, "the width of steer, as in 'steer:0.25',", above=0)
 
     def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
         if not training:

@@ -12,7 +12,7 @@ from torchdyn.models import cnf as torchdyn_cnf
 from ..core.signature import call_of, field_takes, refuse_state_first
 from ..core.system import System
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
-from ..errors import ConfigError, check_count, is_count
+from ..errors import ConfigError, check_count, check_shape
 
 
 class CNF(torchdyn_cnf.CNF):
@@ -62,7 +62,7 @@ class CNF(torchdyn_cnf.CNF):
         refuse_state_first(net, "CNF")
         super().__init__(net, None, noise_dist, check_count(order, "order"))
         self.trace_estimator = _estimator(trace_estimator)
-        self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
+        self.event_shape = None if event_shape is None else check_shape(event_shape, "event_shape")
         self.t: Tensor | None = None  # a solve fills it, as in DepthCat, for calls with the state alone
 
     def forward(self, t: Tensor, x: Tensor | None = None, args: object = None) -> Tensor:  # pyright: ignore
@@ -164,11 +164,3 @@ def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> Tra
     if spec is torchdyn_cnf.hutch_trace:
         return get_estimator("rademacher")
     return get_estimator(spec) if isinstance(spec, TraceEstimator) or not callable(spec) else spec
-
-
-def check_shape(shape: Sequence[int] | int, name: str) -> torch.Size:
-    """The shape of one sample or context: a whole number >= 1 or a sequence of them."""
-    sizes: object = [shape] if is_count(shape) else shape
-    if not isinstance(sizes, Sequence) or not sizes or not all(map(is_count, sizes)):
-        raise ConfigError(f"{name} must have one or more whole numbers >= 1, not {shape!r}.")
-    return torch.Size(int(size) for size in sizes)

@@ -22,13 +22,12 @@ from ..core.regularizers import Regularizers, RegularizersLike
 from ..core.signature import SCALAR, accepts, refuse_state_first, time_first
 from ..core.system import System
 from ..core.trace_estimators import TraceEstimator, exact_products, get_estimator
-from ..errors import ConfigError, check_count
+from ..errors import ConfigError, check_count, check_shape
 from ..flows.density import DensityModel, StandardNormal
 from ..plugins.registry import resolve_regularizers
 from ..solvers import FixedGrid, Solver, get_gradient, get_solver
 from ..solvers.solver import refuse
 from ..solvers.step import check_times
-from .cnf import check_shape
 from .field import start_net
 
 
@@ -100,7 +99,7 @@ class RegularizedCNF(DensityModel):
     ) -> None:
         super().__init__()
         self.base, self.event_shape = _base_and_shape(base, event_shape, net)
-        self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
+        self.context_shape = None if context_shape is None else _shape(context_shape, "context_shape")
         if self.context_shape is not None and not accepts(net, None, None, None):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
         refuse_state_first(net, "RegularizedCNF")
@@ -109,11 +108,8 @@ class RegularizedCNF(DensityModel):
         self.keep_regularizers(resolve_regularizers(regularizers))
         self.solver = get_solver(solver, step=None)
         refuse(self.solver, self.regularizers.steps)
-        if t_span is None and isinstance(self.solver, FixedGrid) and self.solver.step is None:
-            raise ConfigError(
-                f"{self.solver.name} would take one step from the data to the base: give "
-                "t_span=torch.linspace(0, 1, n + 1) for n steps, or solver='dopri5', which chooses its steps."
-            )
+        if t_span is None:
+            _refuse_one_step(self.solver, "t_span=torch.linspace(0, 1, n + 1)")
         given = (0.0, 1.0) if t_span is None else t_span
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             given = torch.as_tensor(given, dtype=_precision(net))
@@ -151,19 +147,13 @@ class RegularizedCNF(DensityModel):
                 ``t`` a scalar, or of ``time_shape``, such as ``lambda net, t, x: net(x, sigma=1 - t)``.
             time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a net that takes one time for each sample in this shape;
                 None: a scalar.
-            options: further arguments of the class, such as ``event_shape`` or ``base``. The default of
-                ``regularizers`` is none.
+            options: further arguments of the class but ``t_span``, such as ``event_shape`` or ``base``. The default
+                of ``regularizers`` is none.
 
         Raises:
-            ConfigError: for everything that the class refuses, for a fixed-step solver without
-                ``steps``, for ``t_span``, which ``data_time``, ``noise_time`` and ``steps`` determine, and for a
+            ConfigError: for everything that the class refuses, for a fixed-step solver without ``steps``, and for a
                 velocity whose parameter names do not determine how it is called.
         """
-        if "t_span" in options:
-            raise ConfigError(
-                "from_velocity makes t_span itself: give data_time= and noise_time=, the ends of the solve, and "
-                "steps=, the steps of a fixed-step solver between them."
-            )
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         options = {"regularizers": (), **options}  # a velocity from flow matching usually is trained already
         context = options.get("context_shape") is not None
@@ -171,11 +161,8 @@ class RegularizedCNF(DensityModel):
         count = 1 if steps is None else check_count(steps, "steps")
         times = torch.linspace(data_time, noise_time, count + 1, dtype=_precision(velocity))
         model = cls(velocity, t_span=times, **options)
-        if steps is None and isinstance(model.solver, FixedGrid) and model.solver.step is None:
-            raise ConfigError(
-                f"{model.solver.name} would take one step from the data to the noise: give steps=, or "
-                "solver='dopri5', which chooses its steps."
-            )
+        if steps is None:
+            _refuse_one_step(model.solver, "steps=n")
         return model
 
     def solved_with(
@@ -418,6 +405,19 @@ def _dtypes_named(net: object, x: Tensor) -> Iterator[None]:
         raise
 
 
+def _shape(shape: Sequence[int] | int, what: str) -> torch.Size:
+    return torch.Size(check_shape(shape, what))
+
+
+def _refuse_one_step(solver: Solver, remedy: str) -> None:
+    """Refuse a grid that nothing divides into steps, where the times are the two ends of the solve."""
+    if isinstance(solver, FixedGrid) and solver.step is None:
+        raise ConfigError(
+            f"{solver.name} would take one step from the data to the base: give {remedy} for n steps, or "
+            "solver='dopri5', which chooses its steps."
+        )
+
+
 def _parameter_of(net: object) -> Tensor:
     """The first floating-point parameter of a net; a tensor of torch's defaults where it has none."""
     parameters = net.parameters() if isinstance(net, nn.Module) else ()
@@ -433,7 +433,7 @@ def _base_and_shape(
     base: Distribution | None, event_shape: Sequence[int] | int | None, net: object
 ) -> tuple[Distribution, torch.Size]:
     """A copy of the base, and the shape of a sample; a ConfigError for shapes that are missing or do not fit."""
-    shape = None if event_shape is None else check_shape(event_shape, "event_shape")
+    shape = None if event_shape is None else _shape(event_shape, "event_shape")
     if base is None:
         if shape is None:
             raise ConfigError("give event_shape=, the shape of one sample, or a base distribution that has it.")
@@ -454,7 +454,7 @@ def _base_and_shape(
     if shape is not None and base.event_shape != shape:
         raise ConfigError(f"event_shape={tuple(shape)} and the base's {tuple(base.event_shape)} differ.")
     _moved(base, _refuse_gradient, {})
-    return copy.deepcopy(base), check_shape(base.event_shape, "the base's event shape")
+    return copy.deepcopy(base), _shape(base.event_shape, "the base's event shape")
 
 
 def _refuse_gradient(x: Tensor) -> Tensor:

@@ -13,10 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torchsde
 from torch import Tensor, nn
 from torchdyn.core import neuralde as torchdyn_neuralde
-from torchdyn.core.defunc import SDEFunc
 from torchdyn.core.problems import ODEProblem
 from torchdyn.numerics.interpolators import INTERP_DICT
 from torchdyn.numerics.solvers.ode import RungeKutta4
@@ -24,12 +22,13 @@ from torchdyn.numerics.solvers.ode import RungeKutta4
 from ..core.history import History, refuse_data_parallel
 from ..core.integrals import Integrals, attach
 from ..core.modes import outside_inference
-from ..core.part import PartSpec
+from ..core.part import PartSpec, check_first
 from ..core.regularizers import RegularizersLike
+from ..core.schedules import Lambda
 from ..core.signature import refuse_state_first
 from ..core.system import COST, FieldRightHandSide, System
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..errors import ConfigError, check_count, suggest
+from ..errors import ConfigError, check_count, check_name
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Adjoint, Autograd, FixedGrid, Method, Solver, get_gradient
 from ..solvers.solution import Solution
@@ -191,15 +190,10 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
     ) -> None:
         resolved = resolve_regularizers(regularizers)
         order = check_count(order, "order")
-        if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
-            raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
-        if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
-            raise ConfigError(
-                "this vector field belongs to an SDE, and NeuralODE solves ordinary differential equations."
-            )
+        if isinstance(interpolator, str):
+            check_name(interpolator, INTERP_DICT, "interpolator")
         refuse_state_first(vector_field, "NeuralODE")
-        if batch_dim not in (0, None):
-            raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
+        check_first(batch_dim)
         spec = PartSpec.of(penalized, batch_dim)
         if spec.tensors is not None or (isinstance(spec.columns, Tensor) and spec.columns.ndim > 1):
             raise ConfigError(
@@ -287,12 +281,11 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         if t_span is None:
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         if isinstance(x, dict):
-            if history.regularizers:
-                raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
-            if self.sensalg == "checkpointed" or isinstance(self.solver, Solver):  # torchdyn solves a dict
+            # torchdyn solves a dict
+            if history.regularizers or self.sensalg == "checkpointed" or isinstance(self.solver, Solver):
                 raise ConfigError(
-                    "a FixedGrid, an Adaptive and the sensitivity 'checkpointed' need a state that is one tensor "
-                    "(B, ...), not a dict of them: use a name or torchdyn's solver, and 'autograd'."
+                    "penalties, a FixedGrid, an Adaptive and the sensitivity 'checkpointed' need a state that is "
+                    "one tensor (B, ...), not a dict of them."
                 )
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
@@ -377,7 +370,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         """
         return self.history.as_dict()
 
-    def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+    def reg_loss(self, *, step: int | None = None, **lambdas: Lambda) -> Tensor:
         """Sum lambda * mean over the batch / dimensions of ``z`` over all penalties (eq. 17): a scalar in nats/dim.
 
         It belongs to the last call, or to all calls in a :meth:`collect_penalties` block. A batch without samples
@@ -386,7 +379,8 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
 
         Args:
             step: number of steps that the optimizer has taken, for a lambda that is a function of the step.
-            lambdas: strengths to use instead of the constructor's, by name of the penalty.
+            lambdas: strengths to use instead of the constructor's, by name of the penalty. A scalar tensor gets a
+                gradient, as a multiplier of Lagrange needs it.
 
         Raises:
             ConfigError: if there is nothing to sum (see :attr:`regularization`), for an unknown name, and for a
@@ -437,8 +431,6 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
                 )
         except (TypeError, ValueError, RuntimeError):
             raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
-        if times.is_complex() or times.dtype == torch.bool:
-            raise ConfigError(f"t_span must have real times, not {times.dtype}.")
         # the steps of an adaptive solve take the precision of the times: a lower one would round their sums,
         # and a higher one would promote the state
         times = times.to(precision) if solver.adaptive or not times.is_floating_point() else times
@@ -506,11 +498,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
             name = next((name for made, name in self._named if made is solver), None)
             return method_from_torchdyn(solver, name, interpolator=interpolator)
 
-        if not isinstance(self.sensalg, str):  # an adjoint of another solver would lose it
-            raise ConfigError(
-                f"sensitivity= is a name ({', '.join(GRADIENTS)}), not {type(self.sensalg).__name__}: an adjoint's "
-                "solver is given by solver_adjoint=, atol_adjoint= and rtol_adjoint=."
-            )
+        check_name(self.sensalg, GRADIENTS, "sensitivity")  # an adjoint of another solver would lose it
         gradient = get_gradient(self.sensalg)
         if isinstance(gradient, Adjoint):
             check_tolerance(self.atol_adjoint, "atol of the adjoint")
