@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from regularizer_table import diagonal
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, penalties_at
+from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.torchdiffeq import odeint
 
@@ -141,3 +143,30 @@ def test_other_dimensions_are_refused() -> None:
         NeuralODE(Graph(), "euler", batch_dim=1)
     with pytest.raises(ConfigError, match="batch_dim"):
         penalties_at(Graph(), 0.0, X, ["kinetic"], batch_dim=1)
+
+
+@pytest.mark.parametrize("compute", [
+    lambda net: NeuralODE(net, regularizers=["jacfrob"])(X, SPAN),
+    lambda net: odeint(lambda t, x: net(x), X, SPAN, regularizers=["jacfrob"]),
+    lambda net: penalties_at(lambda t, x: net(x), 0.0, X, ["jacfrob"]),
+    lambda net: RegularizedCNF(net, event_shape=3).log_prob(X),
+])  # fmt: skip
+def test_batch_norm_in_training_says_once_that_it_mixes_the_samples(compute: Callable[[Any], object]) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 3)).double()
+    with pytest.warns(UserWarning, match="batch norm in training mode") as said:
+        compute(net)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compute(net)
+        compute(copy.deepcopy(net).eval())
+
+
+@pytest.mark.parametrize(
+    "options", [{"regularizers": ["kinetic"]}, {"regularizers": ["jacfrob"], "batch_dim": None}]
+)
+def test_batch_norm_is_silent_without_products_and_as_one_sample(options: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NeuralODE(net, "rk4", **options)(X, SPAN)

@@ -7,6 +7,7 @@ before it starts, once for each net and use, see :func:`once`.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -132,6 +133,18 @@ def check_field(
         if radius is not None:
             conclusive &= _refuse_wider(evaluation, radius)
     return conclusive
+
+
+def warn_of_batch_norm(net: nn.Module | None) -> None:
+    """Say that a product ``v^T J`` of batch norm in training mode is one of the whole batch."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    if net is not None and any(isinstance(each, kinds) and each.training for each in net.modules()):
+        warnings.warn(
+            "batch norm in training mode makes the velocity of one sample depend on the others, so a penalty that "
+            "takes a product with the Jacobian, as jacfrob does, is one of the whole batch: use group norm, or "
+            "evaluation mode for that layer, or batch_dim=None, which makes the whole state one sample.",
+            stacklevel=2,
+        )
 
 
 def _precision(net: nn.Module | None, z: Tensor) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .checks import check_field, once
+from .checks import check_field, once, warn_of_batch_norm
 from .derivatives import VELOCITY, AutogradField, Field, Linearization
 from .modes import transforms_active
 from .noted import without_writes
@@ -148,8 +148,14 @@ class Evaluator:
         )  # fmt: skip
         if net is not None and not isinstance(owner, nn.Module):
             owner = net[0] if isinstance(net, nn.ModuleList) else net  # several modules become a new list each time
+
+        def check() -> bool:
+            if "pull" in wants and not options["apart"] and len(z) > 1:  # of a penalty
+                warn_of_batch_norm(net)
+            return check_field(of_part, t, z, net=net, **options)
+
         try:
-            once(owner, use, lambda: check_field(of_part, t, z, net=net, **options))
+            once(owner, use, check)
         except AttributeError as error:  # from a layer whose backward pass runs only once
             explain(error)
 
