@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .core.derivatives import Velocity
 from .core.integrals import Integrals
-from .core.modes import differs, outside_inference, refuse_dual_numbers, transforms_active
+from .core.modes import outside_inference
 from .core.modules import module_of
 from .core.part import PartSpec, State, check_first, tensors_of
 from .core.regularizer import Rate, Regularizer
@@ -74,7 +74,6 @@ def penalties_at(
     """
     if isinstance(regularizers, Mapping) and any(strength is not None for strength in regularizers.values()):
         raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
-    refuse_dual_numbers()
     rates = resolve_regularizers(regularizers)
     check_first(batch_dim)
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
@@ -151,7 +150,6 @@ def penalties_along(
         >>> round(float(penalties["kinetic"][0]), 4)  # 1 - exp(-2)
         0.8647
     """
-    refuse_dual_numbers()
     resolved = resolve_regularizers(regularizers)
     _refuse_all_but_rates(resolved, ends=True)
     row = _row_of(times)
@@ -161,7 +159,7 @@ def penalties_along(
         shapes, wanted = ([tuple(x.shape) for x in tensors_of(each)] for each in (velocities, states))
         if shapes != wanted:
             raise ConfigError(f"velocities must have the shape of states, {wanted}, not {shapes}.")
-    if torch.is_grad_enabled() and not transforms_active() and not any(x.requires_grad for x in tensors_of(states)):
+    if torch.is_grad_enabled() and not any(x.requires_grad for x in tensors_of(states)):
         net = module_of(field)
         if net is not None and any(p.requires_grad for p in net.parameters()):
             warnings.warn(_NO_GRAPH, stacklevel=2)
@@ -218,7 +216,7 @@ def _row_of(times: Tensor | Iterable[float | Tensor]) -> Tensor:
     if not isinstance(times, Tensor):
         given = [torch.as_tensor(t, dtype=torch.float64) for t in times]
         times = torch.stack(given) if given else torch.zeros(0)
-    if times.ndim != 1 or differs(times):
+    if times.ndim != 1:
         raise ConfigError(
             f"times must be one row (T,) for all samples, not of shape {tuple(times.shape)}: where each sample may "
             "have times of its own, as in torchode, solve to times that all samples share."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -68,3 +69,16 @@ def test_what_is_light_stays_light(steps: list[tuple[str, set[str]]]) -> None:
         [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_private_names_of_torch_stand_where_there_is_no_public_one() -> None:
+    """Names after ``torch.``, and the attributes of modules, nodes and tensors that torch may change."""
+    attributes = (
+        "parameters|buffers|modules|version|sequence_nr|backward_hooks|forward_hooks|orig_mod|compiled_call_impl"
+    )
+    private = re.compile(
+        rf"torch(\.\w+)*\._[a-z]\w*|torch\._C|functorch|[\w\])]\._({attributes})\b|\"_({attributes})\""
+    )
+    package = ROOT / "rnode_plugin"
+    places = {str(path.relative_to(package)) for path in package.rglob("*.py") if private.search(path.read_text())}
+    assert places == {"core/modules.py", "core/signature.py", "flows/density.py"}

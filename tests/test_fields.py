@@ -205,21 +205,6 @@ def test_frozen_parameters_and_a_retained_graph() -> None:
     assert torch.equal(first, torch.autograd.grad(loss, inputs[1])[0])
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-def test_gradients_of_the_state_take_no_product_for_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    field, (t, z, noise) = make_field(kind), make_inputs(kind)
-    layer: Any = type(field.prepared(z).fast.W[0])  # pyright: ignore[reportAttributeAccessIssue]
-    gradient, taken = layer.gradient, list[object]()
-    monkeypatch.setattr(layer, "gradient", lambda *args: taken.append(None) or gradient(*args))
-    out = field.prepared(z, noise).linearize(t, z, noise, PRODUCTS)
-    assert out.products is not None
-    loss = out.dz.square().sum() + out.products.square().sum()
-    alone = torch.autograd.grad(loss, z, retain_graph=True)[0]
-    assert not taken
-    assert torch.equal(alone, torch.autograd.grad(loss, [z, *field.parameters()])[0])
-    assert taken
-
-
 def test_autocast_keeps_the_states_dtype() -> None:
     field, inputs = make_field("conv", dtype=torch.float32), make_inputs("conv", dtype=torch.float32)
     wanted = [*inputs[1:], *field.parameters()]

@@ -15,7 +15,6 @@ from typing import NamedTuple, cast, final
 import torch
 from torch import Tensor
 
-from .modes import refuse_dual_numbers, transforms_active
 from .part import Part
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -57,8 +56,8 @@ class Field(ABC):
     ``(nn.Module, Field)``, in this order, and its ``forward(t, z)`` is the call. Any other function or module
     ``f(t, z)`` becomes an :class:`AutogradField`.
 
-    A call returns the velocity, computed by operations that autograd and ``torch.func`` can differentiate any
-    number of times. A solve evaluates :meth:`linearize`, whose result has gradients of at least first order.
+    A call returns the velocity, computed by operations that autograd can differentiate any number of times. A
+    solve evaluates :meth:`linearize`, whose result has gradients of at least first order.
 
     Attributes:
         radius: r, if the states are images ``(B, C, H, W)`` and the velocity at a pixel depends on no pixel that
@@ -149,9 +148,9 @@ def radius_of(field: object, given: int | None) -> int | None:
 class AutogradField(Field):
     """A differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
 
-    It also works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func``. Results have a graph
-    if gradients are enabled. ``J v`` comes from applying reverse mode twice. In training this is faster than
-    forward mode, and it is right for custom autograd Functions, for which nested forward mode silently gives zero.
+    It also works under ``no_grad`` and ``inference_mode``. Results have a graph if gradients are enabled.
+    ``J v`` comes from applying reverse mode twice. In training this is faster than forward mode, and it is right
+    for custom autograd Functions, for which nested forward mode silently gives zero.
 
     Do not pass ``self.method`` as the function, because it would create a reference cycle in every solve.
 
@@ -187,13 +186,12 @@ class AutogradField(Field):
             return Linearization(f(t, z, *extra))
         if self.part is not None:
             return self._of_part(self.part, t, z, probes, wants)
-        if self.captured or transforms_active():
+        if self.captured:
             return by_vjp(self, t, z, probes, wants)
         if torch.compiler.is_dynamo_compiling():
             # a user's own torch.compile cannot trace autograd.grad, so its graph leaves this evaluation out
             outside = cast("Callable[..., Linearization]", torch.compiler.disable(self.linearize))
             return outside(t, z, probes, wants)
-        refuse_dual_numbers()
         along, later = "jvp" in wants, "pull" in wants
         # Products need a graph even if the caller wants none, so gradients are enabled here in any case. `keep` is
         # whether the results keep their graph.
@@ -223,9 +221,9 @@ class AutogradField(Field):
         if keep:
             return linearization
         return linearization._replace(
-            dz=without_graph(dz),
-            products=None if products is None else without_graph(products),
-            rows=None if rows is None else without_graph(rows),
+            dz=dz.detach(),
+            products=None if products is None else products.detach(),
+            rows=None if rows is None else rows.detach(),
         )
 
     def traceable(self) -> AutogradField:
@@ -247,7 +245,7 @@ class AutogradField(Field):
         linearization = field.linearize(t, part.take(state), probes, wants)
         whole = velocities[0]
         if not torch.is_grad_enabled():  # the graph was for the products, the caller wants none
-            whole = tuple(map(without_graph, whole)) if part.is_tuple else without_graph(whole)
+            whole = tuple(x.detach() for x in whole) if part.is_tuple else whole.detach()
         return linearization._replace(dz=cast("Tensor", whole))
 
 
@@ -255,14 +253,13 @@ def _later(pull: Callable[[Tensor], Tensor], keep: bool, v: Tensor) -> Tensor:
     """Call ``pull`` after its evaluation has ended, in any grad mode."""
     with torch.inference_mode(False), torch.enable_grad():
         product = pull(v)
-    return product if keep else without_graph(product)
+    return product if keep else product.detach()
 
 
 def by_vjp(f: Velocity, t: Tensor, z: Tensor, probes: Tensor | None, wants: frozenset[str]) -> Linearization:
     """Velocity and derivatives by ``torch.func.vjp``.
 
-    It reads no number and checks nothing, so that torch.compile can trace it, and works inside the transforms of
-    torch.func.
+    It reads no number and checks nothing, so that torch.compile can trace it.
     """
     if "jvp" not in wants:
         dz, pull_z = torch.func.vjp(lambda z: f(t, z), z)[:2]
@@ -306,18 +303,12 @@ def total_derivative(
     derivative = velocity_of_part
     for _ in range(order - 1):
         derivative = _along(field, derivative, captured=captured)
-    if captured or transforms_active():
+    if captured:
         return derivative(t, z).to(z.dtype)
     keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         total = derivative(*_as_variables(t, z, keep=keep)).to(z.dtype)
-    return total if keep else without_graph(total)
-
-
-def without_graph(x: Tensor) -> Tensor:
-    """``x`` without its graph, outside of the transforms of torch.func, where ``detach`` would drop a tangent."""
-    # no graph is made there unless the caller's gradients are enabled
-    return x if transforms_active() else x.detach()
+    return total if keep else total.detach()
 
 
 def trace_of_rows(rows: Tensor) -> Tensor:
@@ -370,7 +361,7 @@ def _double_reverse(dz: Tensor, t: Tensor, z: Tensor, *, keep: bool) -> Directio
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             derivative = push(_usable(v), dt)
-        return derivative if keep else without_graph(derivative)
+        return derivative if keep else derivative.detach()
 
     def push(v: Tensor, dt: float) -> Tensor:
         if not dz.requires_grad:

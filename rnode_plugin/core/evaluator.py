@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .checks import check_field, once, warn_of_batch_norm
 from .derivatives import VELOCITY, AutogradField, Field, Linearization
-from .modes import transforms_active
 from .noted import without_writes
 from .part import Part, State
 
@@ -123,7 +122,7 @@ class Evaluator:
             ConfigError: as :func:`~rnode_plugin.core.checks.check_field`.
         """
         field, part, net, owner = self._field, self.part, self.net, self._owner
-        if not wants or not isinstance(field, AutogradField) or self.captured or transforms_active():
+        if not wants or not isinstance(field, AutogradField) or self.captured:
             return
         if torch.compiler.is_dynamo_compiling():  # of a user's own torch.compile
             outside: Any = torch.compiler.disable(self.check)

@@ -58,9 +58,9 @@ class FieldEvaluation:
     _state: State
     _evaluator: Evaluator
     _estimator: TraceEstimator
-    _known: list[tuple[object, object, bool, Any, list[int]]]
-    """What the regularizers have computed: key, argument, whether gradients were enabled, value, and versions of
-    argument and value. All regularizers of an evaluation share this list."""
+    _known: list[tuple[object, object, bool, Any]]
+    """What the regularizers have computed: key, argument, whether gradients were enabled, and value. All
+    regularizers of an evaluation share this list."""
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
@@ -220,28 +220,15 @@ class FieldEvaluation:
             )
 
     def _once(self, key: object, compute: Callable[[], _Result], of: object = None) -> _Result:
-        """The result of ``compute``, kept for all regularizers of this evaluation, by a key and an argument ``of``.
-
-        If one of them has modified the result in place, it is computed again.
-        """
+        """The result of ``compute``, kept for all regularizers of this evaluation, by key and argument."""
         # a result that one regularizer reads under no_grad lacks the graph that another one needs
         graph = torch.is_grad_enabled()
-        for known, argument, with_graph, value, versions in self._known:
-            if known == key and argument is of and with_graph == graph and _versions(of, value) == versions:
+        for known, argument, with_graph, value in self._known:
+            if known == key and argument is of and with_graph == graph:
                 return value
         value = compute()
-        self._known.append((key, of, graph, value, _versions(of, value)))
+        self._known.append((key, of, graph, value))
         return value
-
-
-def _versions(*tensors: object) -> list[int]:
-    """The number of writes into each tensor; torch does not count them in inference mode."""
-    versions: list[int] = []  # torch.compile cannot trace list[int]()
-    if not torch.compiler.is_compiling():
-        for x in tensors:
-            if isinstance(x, Tensor) and not x.is_inference():
-                versions.append(x._version)
-    return versions
 
 
 def _matrices(rows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def all_finite(checks: Sequence[HealthCheck]) -> Tensor:
 def check_all(checks: Sequence[HealthCheck]) -> None:
     """Read all checks from the device at once, and raise the error of the first solve that is not finite.
 
-    On the device ``meta`` and inside ``vmap`` values cannot be read, so nothing is checked there.
+    On the device ``meta`` values cannot be read, so nothing is checked there.
     """
     if not checks or read(all_finite(checks)) in (True, None):
         return

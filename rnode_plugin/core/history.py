@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .integrals import Integrals, weighted_sum
-from .modes import transforms_active
 from .regularizers import NONE, Regularizers
 from .schedules import Lambda
 
@@ -130,9 +129,9 @@ class History(Mapping[str, Tensor]):
     def _steps_of(self, t_span: Tensor | Sequence[float], block: int) -> tuple[dict[str, float], str] | None:
         """The safe steps of a block and the direction of a solve; None if the solve does not begin warm.
 
-        Inside a transform of torch.func and torch.compile no solve begins warm, and none is kept.
+        Inside of torch.compile no solve begins warm, and none is kept.
         """
-        if self.longest_safe_steps is None or transforms_active() or torch.compiler.is_compiling():
+        if self.longest_safe_steps is None or torch.compiler.is_compiling():
             return None
         times = torch.as_tensor(t_span)
         way = "forward" if times.numel() == 0 or bool(times.flatten()[-1] >= times.flatten()[0]) else "backward"
@@ -153,8 +152,7 @@ class History(Mapping[str, Tensor]):
         Without regularizers the dictionary is empty.
 
         Raises:
-            ConfigError: if there was no solve yet, if the ``torch.func.vmap`` around the solve has ended, and for
-                solves with batches of several sizes.
+            ConfigError: if there was no solve yet, and for solves with batches of several sizes.
         """
         rows = [solve.by_name for solve in self._readable()]
         if not rows[1:]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .modes import escaped, transforms_active
 from .objective import penalty
 from .regularizers import Regularizers
 from .schedules import Lambda
@@ -28,7 +27,6 @@ class Integrals(Mapping[str, Tensor]):
         nfe: number of evaluations of the field that the solve asked for, rejected steps included. The
             evaluations that a penalty adds and those of a backward pass are not in it.
         with_gradients: whether gradients were enabled in the solve.
-        transformed: whether the solve was inside a transform of ``torch.func``.
     """
 
     by_name: Mapping[str, Tensor]
@@ -36,7 +34,6 @@ class Integrals(Mapping[str, Tensor]):
     dims: int
     nfe: int
     with_gradients: bool = field(default_factory=torch.is_grad_enabled)
-    transformed: bool = field(default_factory=transforms_active)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Integrals:
         # without the graph, which deepcopy refuses, so that a module may keep them as an attribute
@@ -64,18 +61,13 @@ class Integrals(Mapping[str, Tensor]):
         """Return these integrals if they can be read.
 
         Raises:
-            ConfigError: if the solve did not integrate them, and if the ``torch.func.vmap`` around it has ended.
+            ConfigError: if the solve did not integrate them.
         """
         if missing := self.missing:
             raise ConfigError(
                 f"the last call did not integrate {', '.join(missing)}: that happens in training mode with "
                 "gradients enabled, or if you ask for it, model(x, t_span, penalties=True). A density integrates "
                 "them in encode and decode, and a flow not in log_prob."
-            )
-        if self.transformed and any(map(escaped, self.by_name.values())):
-            raise ConfigError(
-                "the last call was inside a torch.func.vmap that has ended, and its penalties ended with it: "
-                "read them, for example by reg_loss(), in the function that vmap maps, and return the result."
             )
         return self
 
@@ -90,8 +82,8 @@ class Integrals(Mapping[str, Tensor]):
             lambdas: strengths to use instead of the given ones, by name of the penalty.
 
         Raises:
-            ConfigError: if the ``torch.func.vmap`` around the solve has ended, for an unknown name, and for a
-                strength that is negative, not finite, or of a span policy that has no penalty.
+            ConfigError: for an unknown name, and for a strength that is negative, not finite, or of a span policy
+                that has no penalty.
         """
         return weighted_sum([self.check()], self.regularizers, step, lambdas)
 
@@ -121,8 +113,7 @@ def attach(
     penalty uses. ``hidden_cost``, the running cost of an adjoint, gets a gradient of one whenever backward passes
     through the solution.
     """
-    # nested forward mode would silently treat the derivative of an autograd Function as zero
-    if hidden_cost is None and (not integrals or transforms_active()):
+    if hidden_cost is None and not integrals:
         return sol, dict(integrals)
     # one node with all outputs, so that a walk of the graph from any of them finds all inputs
     tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())
@@ -130,8 +121,6 @@ def attach(
 
 
 class _Tie(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:
         # copies, not views, because the caller may change the solution in place
@@ -147,8 +136,3 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dsol, *dintegrals = gradients
         return dsol, ctx.unit_cost, *dintegrals
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        dsol, _, *dintegrals = tangents  # the second one is the cost's
-        return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))

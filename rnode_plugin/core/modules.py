@@ -49,3 +49,19 @@ def module_of(function: object) -> nn.Module | None:
         pending += reversed(parts)  # in their order, each with all that it refers to
     found = list(modules.values())
     return found[0] if len(found) == 1 else nn.ModuleList(found) if found else None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has its hooks, by their numbers."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` may do more than its class does, through hooks or a replaced ``forward``.
+
+    torch has no public reader of hooks. Those that are registered for all modules do not count.
+    """
+    for hooks in _HOOKS:
+        if getattr(module, hooks):
+            return True
+    # a forward that was assigned to this one instance, as offloading tools do
+    return "forward" in vars(module)

@@ -37,7 +37,7 @@ class Noted:
         parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
         self._caller = _Caller(parts)
         self._trained: dict[str, int] = {}  # the position in `inputs` of each parameter
-        self._buffers: dict[str, Tensor] = {}
+        self._constants: dict[str, Tensor] = {}
         positions: dict[int, int] = {}  # tied weights share a position
         copies: dict[int, Tensor] = {}
         self.inputs: list[Tensor] = []
@@ -49,9 +49,9 @@ class Noted:
                         self.inputs.append(x)
                     self._trained[f"{i}.{name}"] = positions[id(x)]
                 elif isinstance(x, nn.Parameter):
-                    self._buffers[f"{i}.{name}"] = x
+                    self._constants[f"{i}.{name}"] = x
                 else:  # a forward pass may write into it
-                    self._buffers[f"{i}.{name}"] = copies.setdefault(id(x), x.detach().clone())
+                    self._constants[f"{i}.{name}"] = copies.setdefault(id(x), x.detach().clone())
         self._of_modules = len(self.inputs)
         self.inputs += {id(x): x for x in others if x.requires_grad}.values()
 
@@ -65,8 +65,8 @@ class Noted:
     def run(self, variables: Sequence[Tensor], function: Callable[[], _Result]) -> _Result:
         """``function()``, whose modules have these variables, and copies of their buffers."""
         tensors = {name: variables[position] for name, position in self._trained.items()}
-        copies = {id(x): x.clone() for x in self._buffers.values() if not isinstance(x, nn.Parameter)}
-        tensors |= {name: copies.get(id(x), x) for name, x in self._buffers.items()}
+        copies = {id(x): x.clone() for x in self._constants.values() if not isinstance(x, nn.Parameter)}
+        tensors |= {name: copies.get(id(x), x) for name, x in self._constants.items()}
         return torch.func.functional_call(self._caller, tensors, (function,), tie_weights=False)
 
 

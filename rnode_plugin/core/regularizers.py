@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, PluginError, RnodeError, check_name, is_out_of_memory
-from .modes import differs, read
+from .modes import read
 from .modules import module_of
 from .regularizer import Rate, Regularizer, SpanPolicy, StepPenalty, StepRecord, code_of
 from .schedules import DEFAULT_LAMBDA, Lambda, Strength, checked_lambda, strength_at
@@ -186,8 +186,7 @@ class Regularizers:
             The times, where ``t_span`` is, unless a span policy has parameters on another device.
 
         Raises:
-            ConfigError: from the policy, for a span that it cannot change, and for times that differ between the
-                samples of a ``torch.func.vmap``.
+            ConfigError: from the policy, and for a span that it cannot change.
             PluginError: if the policy raises another error.
         """
         times = t_span if like is None else t_span.to(like.dtype)
@@ -228,9 +227,8 @@ class Regularizers:
             velocities=[z_of(v) for v in record.velocities],
             error=None if record.error is None else z_of(record.error),
         )
-        untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities, seen.error]
         return {
-            each.name: (each.reduction, checked(each.name, each.of, (seen,), untouched, seen.z0))
+            each.name: (each.reduction, checked(each.name, each.of, (seen,), seen.z0))
             for each in self.steps
             if each.local == local
         }
@@ -251,7 +249,7 @@ class Regularizers:
         for rate in self.finished:
             seen = integrals[rate.name], z0, z1, length
             assert rate.finish is not None
-            penalties[rate.name] = checked(rate.name, rate.finish, seen, seen, z0)
+            penalties[rate.name] = checked(rate.name, rate.finish, seen, z0)
         return penalties
 
     def with_span_penalty(self, integrals: Mapping[str, Tensor], z: Tensor) -> dict[str, Tensor]:
@@ -264,7 +262,7 @@ class Regularizers:
         """
         if self.span is None:
             return dict(integrals)
-        return {**integrals, self.span.name: checked(self.span.name, self.span.penalty, (z,), (z,), z)}
+        return {**integrals, self.span.name: checked(self.span.name, self.span.penalty, (z,), z)}
 
     def joined(
         self, before: Mapping[str, Tensor], last: Mapping[str, Tensor], *, solves: int, share: float
@@ -357,15 +355,8 @@ def _checked_strength(regularizer: Regularizer, strength: Strength | None) -> St
 
 # calls of user code -----------------------------------------------------------------------------------------
 
-_WRITES = (
-    "the regularizer {!r} writes into a tensor that it is shown, such as the velocity, which changes the solve or "
-    "another penalty: use dz.square(), not dz.square_(), and so on."
-)
 
-
-def checked(
-    name: str, call: Callable[..., Tensor], seen: Sequence[Any], untouched: Sequence[Tensor | None], like: Tensor
-) -> Tensor:
+def checked(name: str, call: Callable[..., Tensor], seen: Sequence[Any], like: Tensor) -> Tensor:
     """``call(*seen)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
 
     The result has at least the precision of the state. A module in a rate may compute in low precision under
@@ -375,36 +366,24 @@ def checked(
         name: of the regularizer.
         call: the function of a penalty, its ``finish``, or the ``penalty`` of a span policy.
         seen: the arguments of the call.
-        untouched: tensors of ``seen`` that the solve or other regularizers read later.
         like: a state ``(B, *event)``.
 
     Raises:
-        ConfigError: for another result, and for a regularizer that writes into ``untouched``.
+        ConfigError: for another result.
         PluginError: if the regularizer raises another error.
     """
-    if torch.compiler.is_compiling():  # after the same call was made for the checks of a solve
+    try:
         value = call(*seen)
-    else:
-        # torch counts writes into a tensor in its version; tensors made in inference mode have none
-        versions: list[tuple[Tensor, int]] = []
-        for x in untouched:
-            if x is not None and not x.is_inference():
-                versions.append((x, x._version))
-        try:
-            value = call(*seen)
-        except Exception as error:
-            if _passes(error):
-                raise
-            text = _one_line(error)
-            if "appears to not have been used in the graph" in text or "does not require grad" in text:
-                text += (
-                    ". If the regularizer differentiates dz with respect to z, let it declare needs={'vjp'}, as in "
-                    "Rate(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
-                )
-            raise PluginError(f"the regularizer {name!r} raised {text}") from error
-        for x, before in versions:
-            if x._version != before:
-                raise ConfigError(_WRITES.format(name))
+    except Exception as error:
+        if torch.compiler.is_compiling() or _passes(error):
+            raise
+        text = _one_line(error)
+        if "appears to not have been used in the graph" in text or "does not require grad" in text:
+            text += (
+                ". If the regularizer differentiates dz with respect to z, let it declare needs={'vjp'}, as in "
+                "Rate(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
+            )
+        raise PluginError(f"the regularizer {name!r} raised {text}") from error
     if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(
@@ -432,8 +411,6 @@ def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:
             f"`times` of the regularizer {policy.name!r} must return a tensor like its argument, "
             f"{tuple(before.shape)}, {before.dtype}, {before.device}, not {got:.100}."
         )
-    if differs(times):
-        raise ConfigError(ONE_DRAW.format(f"the times of {policy.name!r}"))
     lengths = read(torch.stack([before[-1] - before[0], times[-1] - times[0]])) if len(before) > 1 else None
     # a length of NaN is not in any direction
     if lengths is not None and lengths[0] and not lengths[0] * lengths[1] >= 0:
@@ -442,11 +419,6 @@ def _times_of(policy: SpanPolicy, times: Tensor, *, training: bool) -> Tensor:
             f"argument, which are {'de' if lengths[0] < 0 else 'in'}creasing here."
         )
     return times
-
-
-ONE_DRAW = (
-    "{} are drawn once for all samples of a torch.func.vmap, which share one solve: give vmap randomness='same'."
-)
 
 
 def _passes(error: Exception) -> bool:

@@ -376,8 +376,7 @@ class FieldRightHandSide(RightHandSide):
                         _linearization=linearization, _state=state, _evaluator=evaluator,
                         _estimator=self.estimator, _known=known,
                     )  # fmt: skip
-                    shown = z, velocity, self.probes, shared
-                    penalties[name] = checked(name, rate.of, (evaluation,), shown, z)
+                    penalties[name] = checked(name, rate.of, (evaluation,), z)
         elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
             dz = _checked_velocity(dz, state)
         if columns is None:

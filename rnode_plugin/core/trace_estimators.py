@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import ConfigError, check_count, check_name, suggest
 from .derivatives import Linearization, trace_of_rows, unit_vectors
 from .evaluator import Evaluator
-from .modes import autocasts, transforms_active
+from .modes import autocasts
 from .part import State
 
 # what a field computes
@@ -212,8 +212,7 @@ class Exact(TraceEstimator):
     Journal of Applied Mathematics 13, 1974), ``C min(H, L + 1) min(W, L + 1)`` of them, if that is less than the
     number of dimensions. For four layers and one channel that is 25, for any size of the image. A color has random
     signs at its pixels and zeros elsewhere. The divergence has no noise. The Frobenius norm is an unbiased estimate
-    with little noise (0.3 % of the norm, where one probe has 11 %), as are ``curl`` and ``strain``. Inside of the
-    transforms of ``torch.func`` there is one product per dimension.
+    with little noise (0.3 % of the norm, where one probe has 11 %), as are ``curl`` and ``strain``.
 
     Without gradients, a stack computes each color from what one forward pass keeps. With gradients, the graph of
     all colors of all evaluations stays alive (about 0.6 GB for an image of 28x28 and 16 evaluations of 64 hidden
@@ -268,7 +267,7 @@ class Exact(TraceEstimator):
                 f"the radius of an exact trace is one of images (C, H, W), or of samples (C, *space), not of "
                 f"{tuple(z.shape[1:])}: take Exact()."
             )
-        if radius is None or transforms_active():  # a transform may not draw
+        if radius is None:
             return None
         # 2 r + 1 apart, two pixels of a color share no pixel that both depend on
         radius = 2 * radius if self.frobenius else radius

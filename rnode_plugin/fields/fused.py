@@ -62,7 +62,7 @@ from ..core.derivatives import (
     trace_of_rows,
     unit_vectors,
 )
-from ..core.modes import autocasts, reaches, transforms_active
+from ..core.modes import autocasts
 from ..errors import ConfigError
 from .activations import Activation
 from .kernels import Dense, LayerMap
@@ -157,7 +157,7 @@ class Stack(Field):
         return self._plain
 
     def layers_of(self, theta: Tensor) -> Layers:
-        """The layers with parameters ``theta``, in operations that autograd and torch.func can differentiate."""
+        """The layers with parameters ``theta``, in operations that autograd can differentiate."""
         b, r, weights = self._pieces(theta)
         return Layers([_PlainMap(self.kind, W_k) for W_k in weights], b, r)
 
@@ -219,7 +219,7 @@ class Stack(Field):
     def _several(self, t: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Several products of convolutions, computed as one batch, since a convolution has one batch dimension."""
         graph = torch.is_grad_enabled() and any(x.requires_grad for x in (t, z, vectors, self.theta))
-        if self.fast is not None and not graph and not transforms_active():
+        if self.fast is not None and not graph:
             with _without_autocast(z):
                 return _colors(self, self.fast, t, z, vectors)
         count, batch = len(vectors), z.shape[0]
@@ -237,7 +237,7 @@ class Stack(Field):
         x = self._with_context(z)
         outputs: Any
         # the product of a single layer does not depend on the state, so the hand-written pass has nothing to do
-        if self.fast is None or (g is not None and not self.activations) or transforms_active():
+        if self.fast is None or (g is not None and not self.activations):
             outputs = _plain(self, t, x, g)
         else:
             outputs = _Evaluation.apply(self, t, x, g, self.theta)
@@ -309,7 +309,7 @@ def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
 
 
 def _plain(stack: Stack, t: Tensor, z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Velocity and product, in operations that autograd and torch.func can differentiate."""
+    """Velocity and product, in operations that autograd can differentiate."""
     with _without_autocast(z):
         f, y = _velocity(stack, stack.plain, t, z)
         if g is None:
@@ -409,10 +409,7 @@ class _Evaluation(torch.autograd.Function):
                 product = None if g_last is None else _product(stack, layers, y, g_last)[0].to(z.dtype)
                 return None, *_by_autograd((f.to(z.dtype), product), grad_outputs, inputs)
             y, g = rest[: stack.activations], rest[stack.activations :]
-            *needs, needs_theta = ctx.needs_input_grad[1:]
-            # a gradient with respect to the state alone, as for the Jacobian of a map, takes half of the products
-            needs_theta = needs_theta and reaches(ctx.next_functions[-1][0])
-            return None, *_gradients(stack, inputs, [*needs, needs_theta], grad_outputs, y, g)
+            return None, *_gradients(stack, inputs, ctx.needs_input_grad[1:], grad_outputs, y, g)
 
 
 def _aliases(inputs: Sequence[Tensor | None]) -> list[Any]:

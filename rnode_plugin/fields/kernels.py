@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.modes import transforms_active
-
 
 class LayerMap(ABC):
     """``x -> W x`` for one weight, its transpose, and the gradient of ``v^T W x`` with respect to the weight.
@@ -41,7 +39,7 @@ class LayerMap(ABC):
     @staticmethod
     @abstractmethod
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        """``W x`` in operations that autograd and torch.func can differentiate."""
+        """``W x`` in operations that autograd can differentiate."""
 
     @staticmethod
     @abstractmethod
@@ -151,7 +149,7 @@ class Convolution(LayerMap):
     @staticmethod
     def layout(x: Tensor) -> Tensor:
         if x.shape[1] > 1:
-            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # memory_format= is not supported by vmap
+            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         # a single channel is in both layouts, but torch decides by the strides, so set the strides of the fast
         # layout
         batch, _, h, w = x.shape
@@ -177,10 +175,8 @@ class Convolution(LayerMap):
     def bias_rows(time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
         h, w = event
         rows = torch.cat([bias.unsqueeze(0), time.flatten(1).t()])  # (1 + 9, out)
-        # without the cache inside a transform of torch.func, since tensors made there must not outlive it
-        basis = _bias_basis.__wrapped__ if transforms_active() else _bias_basis
         # a layer is affine, so time adds t times a fixed map, which zero padding changes only near the border
-        return (basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
+        return (_bias_basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
 
     @staticmethod
     def unflat_bias(row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:

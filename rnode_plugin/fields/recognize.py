@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.modes import has_hooks
+from ..core.modules import has_hooks
 from .activations import get_activation
 from .fused import Stack
 from .kernels import Dense

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY, AutogradField, Field, Linearization
-from ..core.modes import has_hooks, outside_inference
+from ..core.modes import outside_inference
+from ..core.modules import has_hooks
 from ..errors import ConfigError, check_count
 from .activations import get_activation
 from .fused import Stack
@@ -24,7 +25,7 @@ class StackField(nn.Module, Field):
     Velocity and products with the Jacobian come from one pass with a hand-written backward. First-order gradients
     of both with respect to time, state, noise and parameters cost no double backward. Automatic differentiation
     computes an evaluation that also takes derivatives along directions, and gradients with ``create_graph=True``,
-    which can be differentiated in turn. A call uses operations that autograd and ``torch.func`` can differentiate.
+    which can be differentiated in turn. A call uses operations that autograd can differentiate.
 
     Args:
         layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_field, once
-from ..core.modes import transforms_active
 from ..core.objective import FlowOutput
 from ..errors import ConfigError
 from ..flows.density import DensityModel
@@ -115,12 +114,11 @@ def jacobian_of(
     with torch.inference_mode(False), torch.enable_grad():
         if not (graph and z.requires_grad):
             z = z.detach().clone().requires_grad_()
-        if not transforms_active():
 
-            def check() -> bool:
-                return check_field(of_state, z.new_zeros(()), z, net=net, gradients=graph, apart=True)
+        def check() -> bool:
+            return check_field(of_state, z.new_zeros(()), z, net=net, gradients=graph, apart=True)
 
-            once(net, ("map", graph, z.dtype, z.device, len(z) > 1, getattr(net, "training", None)), check)
+        once(net, ("map", graph, z.dtype, z.device, len(z) > 1, getattr(net, "training", None)), check)
         x = function(z)
         # if samples do not mix, the gradient of a sum over the batch has one row for each sample
         rows = [

@@ -204,8 +204,8 @@ class StepController:
         values = read(together)
         if values is None:
             raise ConfigError(
-                f"{self.method.name} chooses its steps by the size of their errors, which cannot be read inside "
-                f"torch.func.vmap or on the device meta: use a fixed grid ({', '.join(FIXED_METHODS)}) there."
+                f"{self.method.name} chooses its steps by the size of their errors, which cannot be read on "
+                f"the device meta: use a fixed grid ({', '.join(FIXED_METHODS)}) there."
             )
         return torch.tensor(values, dtype=together.dtype).unbind()
 

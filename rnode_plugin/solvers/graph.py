@@ -23,10 +23,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from ..core.derivatives import AutogradField
-from ..core.modes import autocasts, outside_checkpoints
+from ..core.modes import autocasts
 from ..core.modules import module_of
 from ..core.system import Derivative, FieldRightHandSide, RightHandSide
 from .step import Draw, Problem, Step, Stepper
@@ -136,7 +136,8 @@ class _GraphStepper:
         Where the field draws random numbers, a graph may draw others.
         """
         z = arguments[0]
-        with _without_effects(self._net, z), outside_checkpoints():
+        # hooks that save nothing: a torch.utils.checkpoint around the model counts the tensors that are saved
+        with _without_effects(self._net, z), saved_tensors_hooks(_unchanged, _unchanged):
             before = _generator(z)
             expected, nfe = self._differentiated(self._plain, *arguments)
             draws = not torch.equal(before, _generator(z))
@@ -179,6 +180,10 @@ class _GraphStepper:
             for gradient, x in zip(gradients, inputs, strict=False)
         ]
         return [x.detach() for x in (*values, *zeros)], step.nfe
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck, health
-from ..core.modes import differs
-from ..core.regularizers import ONE_DRAW
 from ..core.system import RightHandSide
-from ..errors import ConfigError
 from .solution import Solution, Steps
 from .step import Problem, Stepper, Tolerance, fail_integrals
 from .tableaus import get_method, hermite
@@ -63,8 +60,6 @@ def _local_penalties(
     start, end = knots[0], knots[-1]
     # drawn on the CPU, so that one seed gives the same time on every device
     s = start + (end - start) * torch.rand((), dtype=torch.float64).to(knots)
-    if differs(s):
-        raise ConfigError(ONE_DRAW.format("the steps of local penalties"))
     backward = bool(end < start)
     passed = (knots >= s) if backward else (knots <= s)
     k = min(max(int(passed.sum()) - 1, 0), len(knots) - 2)

@@ -128,23 +128,20 @@ class Solver(ABC):
 
         Returns:
             Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
-            A fixed grid does not check that the solve stayed finite; call :meth:`Solution.check`. Inside a
-            transform of torch.func every gradient goes through the steps, as with ``autograd``.
+            A fixed grid does not check that the solve stayed finite; call :meth:`Solution.check`.
 
         Raises:
             ConfigError: for times that are not finite and strictly monotonic, for a safe step that is not above 0,
                 for a quadrature or a penalty that the method or the gradient cannot have, and for an adaptive
-                solver inside ``torch.func.vmap`` or on the device ``meta``, where errors cannot be read.
+                solver on the device ``meta``, where errors cannot be read.
             SolverError: if a state of an adaptive solver is not finite, if the step size underflows, and if the
                 budget of evaluations is used up.
         """
         import torch
 
-        from ..core.modes import refuse_dual_numbers
         from .path_penalties import with_path_penalties
         from .step import Problem, check_times, inside
 
-        refuse_dual_numbers()
         regularizers, gradient = rhs.regularizers, get_gradient(self.gradient)
         # without gradients the values are the same in every gradient mode
         refuse(self, regularizers.steps, density=rhs.divergence, differentiated=torch.is_grad_enabled())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.health import HealthCheck
-from ..core.modes import constant, on_device, read, transforms_active
+from ..core.modes import constant, on_device, read
 from ..core.regularizer import StepRecord
 from ..core.system import Derivative, RightHandSide
 from ..errors import ConfigError, SolverError
@@ -269,9 +269,7 @@ def _integrate_rows(
     if like is not None and not torch.compiler.is_compiling():
         count = min(len(weights), len(rows[together[0]]))
         table = torch.stack([rows[place][k] for k in range(count) for place in together])
-        # inside a transform without the cache: a tensor made there must not outlive the transform
-        make = constant.__wrapped__ if transforms_active() else constant
-        row = make(tuple(weights[:count]), like.dtype, like.device) * dt.to(like.dtype)
+        row = constant(tuple(weights[:count]), like.dtype, like.device) * dt.to(like.dtype)
         alone = len(together) == 1
         if like.is_cpu:
             product = row @ (table if alone else table.view(count, len(together) * like.shape[0]))

@@ -112,9 +112,7 @@ def length_of(dt: Tensor) -> Tensor | float:
     """The length of a step as a number, which takes fewer operations on tensors, where the host has it."""
     import torch
 
-    from ..core.modes import transforms_active
-
-    if torch.compiler.is_compiling() or not dt.is_cpu or dt.requires_grad or transforms_active():
+    if torch.compiler.is_compiling() or not dt.is_cpu or dt.requires_grad:
         return dt
     return dt.item()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +18,12 @@ from ..solvers.step import inside
 from .names import find_parameters, mixed_norm, rms_norm
 
 
-class _Here(threading.local):
-    """The state of a thread.
+class _Here:
+    """What runs at present.
 
     Attributes:
-        evaluating: whether the thread evaluates the field of a solve with penalties.
-        penalized_solve: solves in the ``regularize`` block of the thread; None outside of a block.
+        evaluating: whether the field of a solve with penalties is evaluated.
+        penalized_solve: solves in the ``regularize`` block; None outside of a block.
     """
 
     evaluating = False

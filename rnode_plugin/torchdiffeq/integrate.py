@@ -14,7 +14,6 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from ..core.integrals import Integrals, attach
-from ..core.modes import refuse_dual_numbers
 from ..core.part import PartSpec, State, tensors_of
 from ..core.regularizer import Regularizer, code_of
 from ..core.regularizers import Regularizers, RegularizersLike
@@ -265,7 +264,6 @@ def solve(
             "quadrature='sampled' needs odeint, with another method than 'scipy_solver': the error norm of that "
             "method and of odeint_adjoint's backward solve would see the draws."
         )
-    refuse_dual_numbers()
     regularizers = system.regularizers
     t = regularizers.times(t, training=torch.is_grad_enabled() and getattr(func, "training", True))
     augmented = Augmented(func, system, y0, t, sampled=sampled)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torchdiffeq
 from torch import Tensor, nn
 
-from ..core.modes import find_private
 from ..errors import ConfigError
 
 TESTED = "0.2.5"
@@ -21,6 +21,15 @@ NAMES = {
 }
 
 
+def _find(path: str) -> Any:
+    """The object with this path; None in a torchdiffeq that has none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
 def _norm(path: str) -> Callable[..., Tensor]:
     def refuse(state: object) -> NoReturn:
         version = getattr(torchdiffeq, "__version__", "")
@@ -29,7 +38,7 @@ def _norm(path: str) -> Callable[..., Tensor]:
             f"torchdiffeq from 0.2.3 to {TESTED}, with which rnode-plugin was tested, or give a norm in options=."
         )
 
-    return find_private(path) or refuse
+    return _find(path) or refuse
 
 
 def _parameters(module: nn.Module) -> Sequence[nn.Parameter]:
@@ -37,7 +46,7 @@ def _parameters(module: nn.Module) -> Sequence[nn.Parameter]:
 
 
 find_parameters: Callable[[nn.Module], Sequence[Tensor]] = (
-    find_private("torchdiffeq._impl.adjoint.find_parameters") or _parameters
+    _find("torchdiffeq._impl.adjoint.find_parameters") or _parameters
 )
 rms_norm = _norm("torchdiffeq._impl.misc._rms_norm")
 mixed_norm = _norm("torchdiffeq._impl.misc._mixed_norm")

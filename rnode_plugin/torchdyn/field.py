@@ -16,8 +16,7 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import AutogradField, Field, Velocity
-from ..core.modes import has_hooks
-from ..core.modules import module_of
+from ..core.modules import has_hooks, module_of
 from ..core.noted import map_leaves
 from ..core.signature import (
     COMPILED_FUNCTION,
@@ -135,7 +134,7 @@ class Slots:
 
     def clear(self, t: Tensor) -> None:
         """Remove graphs from the modules, because they keep memory alive and deepcopy refuses them."""
-        if torch.compiler.is_compiling():  # a tensor of a transform inside of the graph must not leave it
+        if torch.compiler.is_compiling():  # a tensor inside of the graph must not leave it
             for slot in (*self.times, *self.results):
                 slot.fill(None)
         else:
@@ -383,7 +382,7 @@ def originals(function: Callable[..., Tensor], modules: Iterable[nn.Module]) -> 
     """
     for module in modules:
         attributes = vars(module)
-        if COMPILED_MODULE in module._modules or attributes.get(COMPILED_IN_PLACE) is not None:
+        if COMPILED_MODULE in dict(module.named_children()) or attributes.get(COMPILED_IN_PLACE) is not None:
             return _without_compiler(function)
         for value in attributes.values():
             if isfunction(value) and hasattr(value, COMPILED_FUNCTION):

@@ -365,8 +365,8 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         After :meth:`collect_penalties` it is the sum over the collected calls. Without ``regularizers`` it is {}.
 
         Raises:
-            ConfigError: if there was no call yet, or if the last call did not integrate penalties, ended in an
-                error, or was inside a ``torch.func.vmap`` that has ended.
+            ConfigError: if there was no call yet, or if the last call did not integrate penalties or ended
+                in an error.
         """
         return self.history.as_dict()
 

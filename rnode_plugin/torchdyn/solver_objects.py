@@ -29,7 +29,6 @@ from torchdyn.numerics.solvers.ode import (
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
 from ..core.derivatives import Velocity
-from ..core.modes import transforms_active
 from ..errors import ConfigError, check_name
 from ..solvers import (
     Adaptive,
@@ -293,7 +292,7 @@ class _Step:
             solver = _build(self.name, torch.float64 if x.dtype is torch.float64 else torch.float32)
         if sync := getattr(solver, "sync_device_dtype", None):
             sync(x, t)
-        if self.name is not None and not transforms_active():  # tensors made in a transform must not outlive it
+        if self.name is not None:
             self._ready = (x.dtype, x.device), solver
         return solver
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import VELOCITY, AutogradField, Field, Linearization
-from rnode_plugin.core.modes import has_hooks
+from rnode_plugin.core.modules import has_hooks
 from rnode_plugin.errors import ConfigError, check_count
 
 
