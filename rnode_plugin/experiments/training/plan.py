@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, ConfigError, DataError, first_line
 from ..data.facts import Facts
@@ -30,8 +30,6 @@ from .checkpoints import (
 )
 
 if TYPE_CHECKING:
-    import pytorch_lightning as L
-
     from ...flows.density import DensityModel
     from ..data import ImageData, Table
 
@@ -129,11 +127,11 @@ class RunPlan:
         """Count the passes through the training samples up to a step, counted from 1."""
         return self.resumed_epochs + (step - self.resumed_step) / self.steps_per_epoch
 
-    def ends_step(self, trainer: L.Trainer, batch_idx: int) -> bool:
-        """Whether the batch was the last one of an optimizer step, which may accumulate several."""
+    def ends_step(self, trainer: Any, batch_idx: int) -> bool:
+        """Whether the batch was the last one of an optimizer step, for which Lightning may accumulate several."""
         return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
-    def validates(self, trainer: L.Trainer) -> bool:
+    def validates(self, trainer: Any) -> bool:
         """Whether Lightning validates after this step."""
         return trainer.should_stop or trainer.global_step % self.val_every == 0
 
