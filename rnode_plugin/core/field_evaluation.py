@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, final
 
 import torch
@@ -28,9 +28,9 @@ _MAX_DIMS = 128  # of an exact Jacobian, which takes as many products at each ev
 @final
 @dataclass(slots=True, eq=False, kw_only=True)
 class FieldEvaluation:
-    """An evaluation of the vector field, as one regularizer reads it.
+    """An evaluation of the vector field, as the regularizers of a solve read it, one after another.
 
-    All regularizers share the products with the Jacobian, so each product is computed once per evaluation.
+    They share what they compute of it, so each product with the Jacobian is computed once per evaluation.
 
     A regularizer declares its reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
     :meth:`probed_products`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and
@@ -48,19 +48,20 @@ class FieldEvaluation:
     z: Tensor
     dz: Tensor
     noise: Tensor | None
-    _name: str
-    """The regularizer that reads it."""
-    _needs: Collection[str]
-    """What this regularizer has declared."""
     _products: Tensor | None
     """The products that the estimator computed along with the velocity, in the dtype of ``z``."""
     _linearization: Linearization
     _state: State
     _evaluator: Evaluator
     _estimator: TraceEstimator
-    _known: list[tuple[object, object, bool, Any]]
-    """What the regularizers have computed: key, argument, whether gradients were enabled, and value. All
-    regularizers of an evaluation share this list."""
+    _computed: list[tuple[object, object, bool, Any]] = field(default_factory=list)
+    """What the regularizers have computed: key, argument, whether gradients were enabled, and value."""
+    _reader: tuple[str, Collection[str]] = ("", ())
+    """The name and the declared needs of the regularizer that reads it now."""
+
+    def read_by(self, name: str, needs: Collection[str]) -> None:
+        """Hand this evaluation to a regularizer, whose declared needs count from now on."""
+        self._reader = name, needs
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact (eq. 3) or estimated (eq. 5), in nats per unit of time."""
@@ -188,9 +189,9 @@ class FieldEvaluation:
         net = innermost(self._evaluator.user_field)
         if not isinstance(net, nn.Module):
             raise ConfigError(
-                f"the regularizer {self._name!r} reads the module of the vector field, but this field is not a "
-                "module that takes just the state that the penalties measure: give the module itself, without a "
-                "function around it, penalized= or an order above 1."
+                "a penalty reads the module of the vector field, but this field is not a module that takes just "
+                "the state that the penalties measure: give the module itself, without a function around it, "
+                "penalized= or an order above 1."
             )
         return net
 
@@ -213,21 +214,22 @@ class FieldEvaluation:
         return self._products
 
     def _require(self, need: str) -> None:
-        if need not in self._needs:
+        name, needs = self._reader
+        if need not in needs:
             raise ConfigError(
-                f"the regularizer {self._name!r} reads {need!r} of an evaluation and has not declared it: it "
-                f'must declare `needs={{"{need}"}}`.'
+                f"the regularizer {name!r} reads {need!r} of an evaluation and has not declared it: "
+                f'it must declare `needs={{"{need}"}}`.'
             )
 
     def _once(self, key: object, compute: Callable[[], _Result], of: object = None) -> _Result:
         """The result of ``compute``, kept for all regularizers of this evaluation, by key and argument."""
         # a result that one regularizer reads under no_grad lacks the graph that another one needs
         graph = torch.is_grad_enabled()
-        for known, argument, with_graph, value in self._known:
-            if known == key and argument is of and with_graph == graph:
+        for earlier, argument, with_graph, value in self._computed:
+            if earlier == key and argument is of and with_graph == graph:
                 return value
         value = compute()
-        self._known.append((key, of, graph, value))
+        self._computed.append((key, of, graph, value))
         return value
 
 

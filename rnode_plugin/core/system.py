@@ -368,14 +368,14 @@ class FieldRightHandSide(RightHandSide):
                 else:
                     assert shared is not None
                     dlogdet = self.estimator.divergence(shared, self.probes)
-            known: list[Any] = []  # what the regularizers compute of this evaluation
+            evaluation = FieldEvaluation(
+                t=t, z=z, dz=velocity, noise=self.probes,
+                _products=shared, _linearization=linearization, _state=state, _evaluator=evaluator,
+                _estimator=self.estimator,
+            )  # fmt: skip
             for name, rate in rates.items():
                 if products or not rate.needs:
-                    evaluation = FieldEvaluation(
-                        t=t, z=z, dz=velocity, noise=self.probes, _name=name, _needs=rate.needs, _products=shared,
-                        _linearization=linearization, _state=state, _evaluator=evaluator,
-                        _estimator=self.estimator, _known=known,
-                    )  # fmt: skip
+                    evaluation.read_by(name, rate.needs)
                     penalties[name] = checked(name, rate.of, (evaluation,), z)
         elif columns is None and isinstance(state, Tensor):  # torchdiffeq checks the tensors of a tuple
             dz = _checked_velocity(dz, state)
