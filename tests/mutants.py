@@ -381,8 +381,8 @@ MUTANTS = [
         "the training time is the time of the last step",
         "experiments/training/rows.py",
         "Rows.on_train_batch_end",
-        "+=",
-        "=",
+        "training_seconds +=",
+        "training_seconds =",
         "test_training.py::test_training_time_has_waits_and_no_validation",
     ),
     Mutant(
