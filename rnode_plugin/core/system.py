@@ -8,7 +8,8 @@ density and the penalties share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
@@ -400,18 +401,25 @@ class FieldRightHandSide(RightHandSide):
             counter["nfe"] += evaluations
 
     def trains(self) -> bool:
-        modules, tensors = self._reads()
-        return any(x.requires_grad for module in modules for x in module.parameters()) or bool(tensors)
+        tensors = ((read,) if isinstance(read, Tensor) else read.parameters() for read in self._reads())
+        return any(x.requires_grad for x in itertools.chain.from_iterable(tensors))
 
     def noted(self) -> Noted:
-        return Noted(*self._reads())
+        reads = list(self._reads())
+        modules = [read for read in reads if isinstance(read, nn.Module)]
+        return Noted(modules, [read for read in reads if isinstance(read, Tensor)])
 
-    def _reads(self) -> tuple[list[nn.Module], list[Tensor]]:
-        """The modules that evaluations call, and further tensors with a gradient that they read."""
-        parts = leaves((self.evaluator.net, self.columns and self.columns.cost, self.reads))
-        tensors = [x for x in (*parts, *self.field.inputs()) if isinstance(x, Tensor) and x.requires_grad]
-        modules = [module_of(x) for x in parts if not isinstance(x, Tensor)]
-        return [x for x in (*modules, *self.regularizers.called) if x is not None], tensors
+    def _reads(self) -> Iterator[nn.Module | Tensor]:
+        """The modules that evaluations call and further tensors that they read, the net first.
+
+        A caller may stop early, before the modules of functions are searched.
+        """
+        for part in leaves((self.evaluator.net, self.columns and self.columns.cost, self.reads)):
+            read = part if isinstance(part, Tensor) else module_of(part)
+            if read is not None:
+                yield read
+        yield from self.field.inputs()
+        yield from self.regularizers.called
 
     def z_of(self, state: Tensor) -> Tensor:
         if self.columns is not None:
