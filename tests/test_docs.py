@@ -182,9 +182,9 @@ def test_the_citation_file_has_the_version():
 
 
 def test_each_declared_paper_has_an_entry():
-    page = (ROOT / "docs" / "papers.md").read_text()
+    page, bibliography = ((ROOT / "docs" / name).read_text() for name in ("papers.md", "papers.bib"))
     # an entry ends at the first brace that stands alone on its line
-    entries = {entry[1]: entry[0] for entry in re.finditer(r"^@\w+\{(\w+),.*?^\}$", page, re.M | re.S)}
+    entries = {entry[1]: entry[0] for entry in re.finditer(r"^@\w+\{(\w+),.*?^\}$", bibliography, re.M | re.S)}
     for entry in entries.values():
         assert entry.count("{") == entry.count("}")
         assert {"title", "author", "year"} <= set(re.findall(r"^  (\w+) = ", entry, re.MULTILINE))
