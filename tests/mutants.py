@@ -46,7 +46,7 @@ MUTANTS = [
         "Stepper._integrate",
         ".abs()",
         "",
-        "test_solver_contract.py::test_a_linear_field_is_solved_as_in_closed_form",
+        "test_solvers.py::test_a_linear_field_is_solved_as_in_closed_form",
     ),
     Mutant(
         "the mean of step penalties is divided by one step more",
@@ -54,7 +54,7 @@ MUTANTS = [
         "Totals.solution",
         "/ self.steps",
         "/ (self.steps + 1)",
-        "test_regularizers_steps.py::test_values_and_gradients_are_those_of_the_accepted_steps",
+        "test_regularizers.py::test_values_and_gradients_are_those_of_the_accepted_steps",
     ),
     Mutant(
         "a sampled stage loses its share",
@@ -62,7 +62,7 @@ MUTANTS = [
         "_integrate_rows",
         "(dt * share)",
         "dt",
-        "test_solve.py::test_a_sampled_integral_is_unbiased",
+        "test_solvers.py::test_a_sampled_integral_is_unbiased",
     ),
     Mutant(
         "pixels of a color are one pixel too close",
@@ -86,7 +86,7 @@ MUTANTS = [
         "StepController.safe_length",
         "self.method.order",
         "(self.method.order + 1)",
-        "test_solve_limits.py::test_the_safe_step_is_the_longest_that_would_have_passed",
+        "test_solvers.py::test_the_safe_step_is_the_longest_that_would_have_passed",
     ),
     Mutant(
         "the error of a step is scaled by its start alone",
@@ -102,7 +102,7 @@ MUTANTS = [
         "_check_trial",
         "- 1 ",
         "",
-        "test_solve_limits.py::test_a_budget_of_exactly_the_evaluations_suffices",
+        "test_solvers.py::test_a_budget_of_exactly_the_evaluations_suffices",
     ),
     Mutant(
         "an adjoint's gradient with respect to the start time has the other sign",
@@ -110,7 +110,7 @@ MUTANTS = [
         "_sweep",
         "-pass_",
         "pass_",
-        "test_solver_contract.py::test_a_linear_field_is_solved_as_in_closed_form",
+        "test_solvers.py::test_a_linear_field_is_solved_as_in_closed_form",
     ),
     Mutant(
         "an adjoint takes penalties forward in time",
@@ -118,7 +118,7 @@ MUTANTS = [
         "_Backward.__init__",
         " self.sign *",
         "",
-        "test_solver_contract.py::test_a_linear_field_is_solved_as_in_closed_form",
+        "test_solvers.py::test_a_linear_field_is_solved_as_in_closed_form",
     ),
     Mutant(
         "the length of a difference has a gradient",
@@ -134,7 +134,7 @@ MUTANTS = [
         "_beyond_the_chord",
         "/ length",
         "* length",
-        "test_regularizers_spans.py::test_straightness_beside_kinetic_and_of_a_straight_path",
+        "test_regularizers.py::test_straightness_beside_kinetic_and_of_a_straight_path",
     ),
     Mutant(
         "a warm-up begins one step early",
@@ -174,7 +174,7 @@ MUTANTS = [
         "NeuralODE.trajectory",
         ", gradient=Autograd()",
         "",
-        "test_torchdyn_traps.py::test_a_trajectory_in_a_block_is_a_call_by_steps",
+        "test_torchdyn.py::test_a_trajectory_in_a_block_is_a_call_by_steps",
     ),
     Mutant(
         "a warm start takes the whole safe step",
@@ -182,7 +182,7 @@ MUTANTS = [
         "StepController.warm_start",
         "self.method.safety * ",
         "",
-        "test_solve_limits.py::test_safe_steps_are_kept_by_direction",
+        "test_solvers.py::test_safe_steps_are_kept_by_direction",
     ),
     Mutant(
         "a placeholder of a layer keeps the time of a solve",
@@ -190,7 +190,7 @@ MUTANTS = [
         "Slots.clear",
         "slot.restore(value)",
         "pass",
-        "test_torchdyn_traps.py::test_placeholders_of_a_users_layer_are_filled",
+        "test_torchdyn.py::test_placeholders_of_a_users_layer_are_filled",
     ),
     Mutant(
         "a product is compared with no quotient",
@@ -303,7 +303,7 @@ MUTANTS = [
         "_sweep",
         "pass_.longest_safe_step)",
         "step := pass_.longest_safe_step)\n        call.safe_step = step",
-        "test_solve_limits.py::test_an_adjoint_begins_with_what_its_forward_pass_knew",
+        "test_solvers.py::test_an_adjoint_begins_with_what_its_forward_pass_knew",
     ),
     Mutant(
         "likelihood begins with the moments of flow matching",

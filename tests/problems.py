@@ -18,6 +18,11 @@ from rnode_plugin import Adaptive, FixedGrid, Solver
 from rnode_plugin.solvers import ADAPTIVE_METHODS
 
 
+def states(*shape: int, seed: int = 4) -> Tensor:
+    """Standard normal numbers in double precision, the same at each call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 class Linear(nn.Module):
     """``f(t, z) = A z``, on states of any event shape; the event is flattened. A is random unless it is given."""
 

@@ -52,7 +52,7 @@ def exact_log_prob(x: Tensor) -> Tensor:
 
 
 def test_penalties_at_points_with_times_are_dense_derivatives() -> None:
-    """At one time for all they are in ``test_regularizer_contract``."""
+    """At one time for all they are in ``test_regularizers``."""
     field, z, times = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
     names: list[Any] = ["kinetic", "jacfrob", "total_derivative", "curl"]
     found = penalties_at(field, times, z, names, trace_estimator="exact")
