@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -28,13 +27,13 @@ from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.experiments.comparison import compare as comparison
-from rnode_plugin.experiments.comparison.compare import Comparison, command_lines, compare
+from rnode_plugin.experiments.comparison.compare import Comparison, compare
 from rnode_plugin.experiments.comparison.configurations import configured_recipes
 from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.files import check_path_name
 from rnode_plugin.experiments.recipes.recipe import Recipe
 from rnode_plugin.experiments.runs.metrics import MetricsTable
-from rnode_plugin.experiments.runs.run import training_lock
+from rnode_plugin.experiments.runs.run import Run, training_lock
 from rnode_plugin.experiments.training.checkpoints import header_with
 from rnode_plugin.experiments.training.plan import ROWS
 
@@ -104,7 +103,7 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
         assert check_path_name(name, "configuration") == name
 
 
-# the line of a run follows from its folder ---------------------------------------------------------------------
+# the call of a run follows from its folder ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("state", "limit", "option", "left"), [
@@ -121,11 +120,10 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
     ("max_time", 120, "--resume", "118.500"),
     ("max_time", None, "--resume", None),
 ])  # fmt: skip
-def test_the_line_of_a_run(
+def test_the_options_of_a_run(
     recipe: Recipe, tmp_path: Path, state: str, limit: float | None, option: str | None, left: str | None
 ) -> None:
-    out = tmp_path / "a folder"
-    folder = out / "runs" / "digits-none" / "42"
+    folder = tmp_path / "42"
     (one,) = configured_recipes(recipe, ("none",))
     if state != "new":
         ended = state in ("finished", "max_time")
@@ -138,22 +136,8 @@ def test_the_line_of_a_run(
         torch.save(contents, folder / "checkpoints" / "last.ckpt")
     if state == "damaged":
         os.truncate(folder / "checkpoints" / "last.ckpt", 10)
-    said: list[str] = []
-    found = command_lines([one], out=out, accelerator="cpu", max_time=limit, announce=said.append)
-    file = out / "recipes" / "digits-none-42.json"
-    wanted = [
-        "rnode-cli", "train", file, option, folder,
-        *(["--max-time", left] if left else []), "--device", "cpu", "--devices", "1", "--no-next",
-    ]  # fmt: skip
-    assert list(map(shlex.split, found)) == ([] if option is None else [list(map(str, wanted))])
-    if option is not None:
-        assert Recipe.from_plain(json.loads(file.read_text())) == one
-    why = {
-        "max_time": "done, in",
-        "finished": "done, in",
-    }
-    assert [line for line in said if why[state] in line] == said
-    assert len(said) == (option is None)
+    found = comparison._options(Run(folder), limit)
+    assert found == (None if option is None else [option, str(folder), *(["--max-time", left] if left else [])])
     assert folder.exists() == (state != "new")
 
 
@@ -176,7 +160,7 @@ def test_a_run_that_cannot_be_compared(
         plain = json.loads(file.read_text())
         file.write_text(json.dumps({**plain, name: {**(plain[name] or {}), **value}}))
     with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
-        command_lines([one], out=tmp_path)
+        comparison._planned([one], tmp_path, "cpu", None, download=False)
     assert (folder / "checkpoints" / "last.ckpt").exists()
 
 
@@ -186,9 +170,8 @@ def test_what_is_found_before_anything_is_trained(recipe: Recipe, tmp_path: Path
         compare([missing], out=tmp_path / "out")
     with refuses(ConfigError, "digits", "42"):
         compare([recipe, recipe.override(["optimizer.lr=1"])], out=tmp_path / "out")
-    for act in (compare, command_lines):
-        with refuses(ConfigError, "max_time"):
-            act([recipe], out=tmp_path / "out", max_time=math.nan)
+    with refuses(ConfigError, "max_time"):
+        compare([recipe], out=tmp_path / "out", max_time=math.nan)
     assert not (tmp_path / "out").exists()
     with training_lock(tmp_path), refuses(ConfigError, str(tmp_path)):
         compare([recipe], out=tmp_path)
@@ -256,20 +239,24 @@ def run(recipe: Recipe, out: Path, *configurations: str, **options: Any) -> Comp
     return compare(recipes, out=out, accelerator="cpu", **{"announce": None, **options})
 
 
-def test_a_comparison_runs_its_lines_and_continues(
+def test_a_comparison_calls_train_and_continues(
     recipe: Recipe,
     training: Training,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     recipes = configured_recipes(recipe, ("none", "rnode"), seeds=2)
-    lines = command_lines(recipes, out=tmp_path / "c", accelerator="cpu", max_time=90.0)
     result = compare(recipes, out=tmp_path / "c", accelerator="cpu", max_time=90.0)
     assert result.failed == ()
     assert ["/".join(path.parts[-2:]) for path in result.runs] == [
         "digits-none/42", "digits-rnode/42", "digits-none/43", "digits-rnode/43",
     ]  # fmt: skip
-    assert training.calls() == [shlex.split(line)[1:] for line in lines]
+    files = tmp_path / "c" / "recipes"
+    limits = ["--max-time", "90.000", "--device", "cpu", "--devices", "1", "--no-next"]
+    for one, folder, call in zip(recipes, result.runs, training.calls(), strict=True):
+        file = files / f"{one.name}-{one.training.seed}.json"
+        assert call == ["train", str(file), "--run-folder", str(folder), *limits]
+        assert Recipe.from_plain(json.loads(file.read_text())) == one
     assert list(result.report.table.columns) == ["none", "rnode"]
     assert [line for line in capfd.readouterr().out.splitlines() if "run " in line and "of 4" in line] == [
         f"run {number} of 4: {path.parent.name}, seed {path.name}" for number, path in enumerate(result.runs, 1)
@@ -304,25 +291,29 @@ def test_a_run_that_was_killed(recipe: Recipe, training: Training, tmp_path: Pat
         run(recipe, tmp_path / "c", "none", "rnode")
 
 
-@pytest.mark.parametrize("act", [compare, command_lines])
-def test_a_run_of_another_process_is_refused(recipe: Recipe, training: Training, tmp_path: Path, act: Any) -> None:
+def test_a_run_of_another_process_is_refused(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     recipes = configured_recipes(recipe, ("kinetic", "none"))
     busy = write_run(tmp_path / "c" / "runs" / "digits-none" / "42", recipes[1], finished=False, **FEW)
     with (
         training_lock(busy),
         refuses(ConfigError, "digits-none/42"),
     ):
-        act(recipes, out=tmp_path / "c", accelerator="cpu")
+        compare(recipes, out=tmp_path / "c", accelerator="cpu")
     assert training.calls() == []
 
 
 @pytest.mark.parametrize(("accelerator", "words"), [("gpu", "gpu --devices 1"), ("cuda:1", "cuda:1")])
 def test_a_run_takes_one_device(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, words: str
+    recipe: Recipe,
+    training: Training,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    words: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    (line,) = command_lines([recipe], out=tmp_path, accelerator=accelerator)
-    assert f"--device {words} --no-next" in line
+    compare([recipe], out=tmp_path, accelerator=accelerator)
+    assert " ".join(training.calls()[0]).endswith(f"--device {words} --no-next")
 
 
 def test_the_command(training: Training, tmp_path: Path) -> None:
@@ -340,12 +331,9 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     assert "dopri5, tolerance 1e-05" in result.output
     (training.folder / "digits-l1").touch()
     chosen = ["--configuration", "ffjord", "--configuration", "l1"]
-    printed = rnode("compare", "digits", *chosen, *options, "--print")
-    assert (printed.exit_code, printed.stdout.count("\n")) == (0, 1)
-    assert "rnode-cli train" in printed.stdout
-    assert "run 1 of 2: digits-ffjord, seed 42: done" in printed.stderr
     failed = rnode("compare", "digits", *chosen, *options)
     assert failed.exit_code == 1
+    assert "run 1 of 2: digits-ffjord, seed 42: done" in failed.output
     assert "Error: run 2 of 2: digits-l1, seed 42: its process ended with exit code 1." in failed.output
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from run_folders import write_run
 from tiny_runs import run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.experiments.comparison.compare import command_lines
+from rnode_plugin.experiments.comparison.compare import _refuse_other
+from rnode_plugin.experiments.data.facts import Facts
 from rnode_plugin.experiments.recipes.parts import Part, joined, part_at
 from rnode_plugin.experiments.reports.runs import configuration_of, settings_of
 from rnode_plugin.experiments.runs.run import Run
@@ -101,12 +101,11 @@ def test_a_result_counts_in_its_part_alone(done: Run, tmp_path: Path) -> None:
 
 def test_a_comparison_refuses_a_run_of_several_parts(tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    folder = tmp_path / "runs" / recipe.name / str(recipe.training.seed)
-    os.makedirs(folder.parent)
+    folder, facts = tmp_path / "42", Facts("of", "them")
     one = Run(write_run(folder, recipe, steps=1, checks=()))
     contents = one.read()
     assert contents.environment is not None
-    command_lines([recipe], out=tmp_path, accelerator="cpu")
+    _refuse_other(folder, recipe, facts)
     one.describe(recipe, contents.environment, None, (part(0, "optimizer.lr=0.1"), part(5)))
     with pytest.raises(ConfigError, match="at step 5"):
-        command_lines([recipe], out=tmp_path, accelerator="cpu")
+        _refuse_other(folder, recipe, facts)

@@ -300,8 +300,6 @@ def _print_result(fitted: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
 @settings
 @short("data-root", "given")
 @device
-@click.option("--print", "as_lines", is_flag=True,
-              help="Train nothing; print the command of each missing run, for xargs or a job array.")  # fmt: skip
 @click.option("--out", metavar="FOLDER", help="Folder of the runs and the report. [default: comparison/RECIPE]")
 @quiet
 @as_json
@@ -313,7 +311,6 @@ def compare(
     seeds: int,
     max_time: float | None,
     device: str,
-    as_lines: bool,
     out: str | None,
     quiet: bool,
     as_json: bool,
@@ -332,8 +329,6 @@ def compare(
 
     A FILE maps names to penalties: {"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}. A list of
     lambdas makes a configuration of each.
-
-    The runs are trained one after the other. With --print a scheduler, or xargs, trains several at a time.
     """
     from ..experiments.comparison.configurations import configured_recipes
     from ..experiments.recipes.recipe import get_recipe
@@ -344,17 +339,13 @@ def compare(
     check_folder(out)
     recipes = configured_recipes(chosen, configurations, seeds=seeds)
     # what cannot work was refused before these imports, which take seconds
-    from ..experiments.comparison.compare import command_lines, compare
+    from ..experiments.comparison.compare import compare
 
-    options = {"max_time": max_time, "out": out, "accelerator": device, "download": download}
-    if as_lines:
-        for line in command_lines(recipes, **options, announce=lambda line: click.echo(line, err=True)):
-            click.echo(line)
-        return
     # the default handler would end this process and leave the process of its run alone
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
-    result = compare(recipes, **options, announce=None if quiet or as_json else click.echo)
+    tell = None if quiet or as_json else click.echo
+    result = compare(recipes, max_time=max_time, out=out, accelerator=device, download=download, announce=tell)
     report = result.report
     if as_json:
         print_json({"runs": result.runs, "failed": result.failed, **report.to_plain()})

@@ -1,7 +1,4 @@
-"""``compare`` trains recipes that differ in their penalties, each in a separate process, and writes one report.
-
-``command_lines`` gives the same processes as lines of shell, for a scheduler.
-"""
+"""``compare`` trains recipes that differ in their penalties, each in a separate process, and writes one report."""
 
 from __future__ import annotations
 
@@ -9,12 +6,10 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +78,20 @@ def compare(
     """
     out, tell = Path(out), announce or (lambda line: None)
     planned = _planned(recipes, out, accelerator, max_time, download=download)
+    # of several GPUs `train` would take all, with the recipe's batch on each
+    device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
     failed: list[str] = []
     with training_lock(out):
-        for title, words in _left(planned, accelerator, max_time, tell).items():
+        for number, (folder, one) in enumerate(planned.items(), 1):
+            title = f"run {number} of {len(planned)}: {one.name}, seed {one.training.seed}"
+            if (options := _options(Run(folder), max_time)) is None:
+                tell(f"{title}: done, in {folder}")
+                continue
             tell(title)
+            file = out / "recipes" / f"{one.name}-{one.training.seed}.json"
+            write_atomically(file, json.dumps(one.to_plain()).encode())
+            # --no-next because the comparison itself shows the next steps at its end
+            words = ["train", str(file), *options, *device, "--no-next"]
             if code := _train(words, tell, progress=announce is not None):
                 hint = " It was killed: the memory may not have sufficed." if code == -signal.SIGKILL else ""
                 failed.append(f"{title}: its process ended with exit code {code}.{hint}")
@@ -95,28 +100,6 @@ def compare(
             raise TrainingError(" ".join(failed) or "the runs ended before a step was logged.")
         report = write_report(runs, out, title=f"{data_name(recipes[0])}: what the penalties change")
     return Comparison(tuple(runs), report, tuple(failed))
-
-
-def command_lines(
-    recipes: Sequence[Recipe],
-    *,
-    max_time: float | None = None,
-    out: str | os.PathLike[str] = "comparison",
-    accelerator: str = "auto",
-    download: bool = False,
-    announce: Callable[[str], object] = lambda line: None,
-) -> list[str]:
-    """Return a line of shell for each run that :func:`compare` would train, and train nothing.
-
-    The lines can run in any order, on several machines that share the folder. ``CUDA_VISIBLE_DEVICES`` and
-    ``OMP_NUM_THREADS`` are left to the caller. When all have ended, :func:`compare` writes the report. Arguments
-    and errors are the same, and ``announce`` is called for the runs without a line.
-    """
-    out = Path(out)
-    planned = _planned(recipes, out, accelerator, max_time, download=download)
-    with training_lock(out):
-        left = _left(planned, accelerator, max_time, announce)
-    return [shlex.join(["rnode-cli", *words]) for words in left.values()]
 
 
 def _planned(
@@ -160,9 +143,13 @@ def _refuse_other(folder: Path, recipe: Recipe, facts: Facts) -> None:
     """Refuse a folder whose run cannot be compared with the others.
 
     Raises:
-        ConfigError: the run has other settings or other data, or its recipe is missing or cannot be read.
+        ConfigError: the run has other settings or other data, its recipe is missing or cannot be read, or another
+            process trains it.
     """
     run = Run(folder)
+    if folder.exists():
+        with training_lock(folder):  # refuses a run that another process trains
+            pass
     if run.is_described:
         if differ := differences(run.recipe(), recipe):
             raise ConfigError(f"{folder} has other settings ({', '.join(map(str, differ))}): choose another --out.")
@@ -175,30 +162,6 @@ def _refuse_other(folder: Path, recipe: Recipe, facts: Facts) -> None:
             raise ConfigError(f"{folder} was trained on other data, or with another split: choose another --out.")
     elif run.has_checkpoints:
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
-
-
-def _left(
-    planned: Mapping[Path, Recipe],
-    accelerator: str,
-    max_time: float | None,
-    announce: Callable[[str], object],
-) -> dict[str, list[str]]:
-    """List the runs that are left to do: their titles, and the words that follow ``rnode-cli``."""
-    # of several GPUs `train` would take all, with the recipe's batch on each
-    device = ["--device", accelerator, *([] if ":" in accelerator else ["--devices", "1"])]
-    left: dict[str, list[str]] = {}
-    for number, (folder, recipe) in enumerate(planned.items(), 1):
-        title = f"run {number} of {len(planned)}: {recipe.name}, seed {recipe.training.seed}"
-        with training_lock(folder) if folder.exists() else nullcontext():
-            if (options := _options(Run(folder), max_time)) is None:
-                announce(f"{title}: done, in {folder}")
-                continue
-        out = folder.parents[2]  # above runs/NAME/SEED
-        file = out / "recipes" / f"{recipe.name}-{recipe.training.seed}.json"
-        write_atomically(file, json.dumps(recipe.to_plain()).encode())  # a process may be reading it
-        # --no-next because the comparison itself shows the next steps at its end
-        left[title] = ["train", str(file), *options, *device, "--no-next"]
-    return left
 
 
 def _options(run: Run, max_time: float | None) -> list[str] | None:
