@@ -109,6 +109,7 @@ def result_of(
         steps=steps,
         planned=steps,
         skipped=0,
+        pictured=True,
         evaluation=evaluation,
         training_seconds=steps / 2,
         processor_seconds=steps / 3,

@@ -322,7 +322,10 @@ def test_pictures_count_with_their_steps(run: Run) -> None:
     run.picture().touch()
     assert run.read().picture == (run.picture(12), 12)
     run.best.write_text("weights")
-    run.conclude(dataclasses.replace(result(IMAGES, steps=12), best_sha256=sha256_of(run.best)), IMAGES.recipe)
+    ended = dataclasses.replace(result(IMAGES, steps=12), best_sha256=sha256_of(run.best))
+    run.conclude(ended, IMAGES.recipe)
+    assert run.read().picture == (run.picture(12), 12), "the picture is of earlier weights"
+    run.conclude(dataclasses.replace(ended, pictured=True), IMAGES.recipe)
     assert run.read().picture == (run.picture(), None)
     MetricsTable(run.metrics, keep=9)
     assert run.read().picture == (run.picture(9), 9)
@@ -348,7 +351,7 @@ def test_a_result_counts_where_its_run_and_weights_are_the_same(
     elif best is not None:
         run.best.write_text(best)
     sha256 = hashlib.sha256(b"of the result").hexdigest()
-    ended = dataclasses.replace(result(IMAGES), best_step=8, best_sha256=sha256)
+    ended = dataclasses.replace(result(IMAGES), best_step=8, best_sha256=sha256, pictured=True)
     run.conclude(ended, IMAGES.recipe)
     run.samples.mkdir()
     run.picture().touch()

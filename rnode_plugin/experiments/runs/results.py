@@ -34,6 +34,7 @@ class Result:
         part: the key of the part of the run in which the last step was taken; None if it is not known.
         best_step, best_sha256: the step of the best weights, and the SHA-256 of their file, ``best.ckpt``; None
             without an evaluation.
+        pictured: whether the picture of samples, ``best.png``, is of these weights.
         evaluation: likelihoods, NFE and penalties on the held-out samples. None after a signal, which a run
             continues from, and in the processes of a distributed run that do not report. Such a result is not
             written to a file.
@@ -49,6 +50,7 @@ class Result:
     part: str | None = None
     best_step: int | None = None
     best_sha256: str | None = None
+    pictured: bool = False
     evaluation: Evaluation | None = None
 
     @property

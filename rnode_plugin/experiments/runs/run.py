@@ -257,7 +257,7 @@ class Run:
             result = with_scores(result, scores, recipe.kind.sample) if counts else None
         pictures = {step: path for step, path in self._pictures().items() if step <= metrics.last_step}
         newest = Picture(pictures[max(pictures)], max(pictures)) if pictures else None
-        best = Picture(self.picture(), None) if result is not None and self.picture().is_file() else None
+        pictured = result is not None and result.pictured and self.picture().is_file()
         return RunContents(
             path=self.path,
             recipe=recipe,
@@ -266,7 +266,7 @@ class Run:
             parts=parts,
             metrics=metrics,
             result=result,
-            picture=best or newest,
+            picture=Picture(self.picture(), None) if pictured else newest,
         )
 
     def _has_best(self, sha256: str | None) -> bool:

@@ -266,9 +266,12 @@ def _conclude(
             samples = picture
         except SolverError as error:  # a latent far out may fail where no held-out sample does
             print(f"no picture of samples of the best weights: {error}", file=sys.stderr)
-            picture.unlink(missing_ok=True)  # of earlier weights
     result = dataclasses.replace(
-        result, best_step=contents["global_step"], best_sha256=sha256_of(run.best), evaluation=evaluation
+        result,
+        best_step=contents["global_step"],
+        best_sha256=sha256_of(run.best),
+        pictured=samples is not None,
+        evaluation=evaluation,
     )
     run.conclude(result, recipe, data.numbers)
     return FitResult(run, result, True, samples)
