@@ -296,17 +296,17 @@ def test_a_trainer_of_the_user_keeps_facts(tmp_path: Path, capsys: pytest.Captur
         mine.save_checkpoint(file)
         return trained_on(file)
 
-    module = RnodeModule(recipe, to_loggers=False)
+    module = RnodeModule(recipe)
     assert fit(module, a, 2) == (a.data.identity,)
     assert capsys.readouterr().err == ""
     assert fit(module, b, 2) == (a.data.identity, b.data.identity)
     assert OTHERS in capsys.readouterr().err
-    again = RnodeModule(recipe, to_loggers=False)
+    again = RnodeModule(recipe)
     assert fit(again, b, 4, ckpt_path=file) == (a.data.identity, b.data.identity)
-    loaded = RnodeModule(recipe, to_loggers=False)
+    loaded = RnodeModule(recipe)
     loaded.flow.load_state_dict(module.flow.state_dict())
     assert fit(loaded, a, 2) is None
-    assert fit(RnodeModule(recipe, to_loggers=False), a.train_dataloader(), 2) is None
+    assert fit(RnodeModule(recipe), a.train_dataloader(), 2) is None
 
 
 # commands ------------------------------------------------------------------------------------------------------

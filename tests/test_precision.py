@@ -145,5 +145,5 @@ def test_an_inexact_training_solver_is_named_with_remedies(
     )
     found = " ".join(capsys.readouterr().err.split())
     warning = "warning: at step 1 the training solver is off by -0.030 bits/dim from the accurate one (val/gap)"
-    assert found.count("the training solver is off") == 1, "one warning for each run"
+    assert found.count("the training solver is off") == 2, "one warning for each validation"
     assert f"{warning}, so the model learns its errors: lower {advice}" in found

@@ -416,6 +416,7 @@ def test_processes_ask_each_other_about_once_a_second(recipe: Recipe, monkeypatc
 def test_a_step_logs_on_the_cpu_or_where_it_computes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning copies a number to the device, which waits for it."""
     module, seen = RnodeModule(recipe), dict[str, Any]()
+    monkeypatch.setattr(RnodeModule, "_logs", True)
     monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: value}))
     module.to("meta")
     norm = torch.zeros((), device="meta")
@@ -702,9 +703,8 @@ def test_an_error_names_the_checkpoint_that_a_resumed_run_finds(
     folder.last.parent.mkdir(parents=True)
     for name in files:
         (folder.last.parent / name).touch()
-    trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
     written: Any = SimpleNamespace(opened=folder, begun=True)
-    with pytest.raises(TrainingError) as caught, add_resume_hint(written, trainer):
+    with pytest.raises(TrainingError) as caught, add_resume_hint(written):
         raise TrainingError("the disk is full.")
     paths = {"best": folder.best, "last": folder.last, "run": folder.path}
     assert str(caught.value).startswith("training stopped: the disk is full. ")

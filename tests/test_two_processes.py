@@ -243,18 +243,6 @@ def test_processes_with_other_commands_are_refused(settings: list[str], what: st
 
 
 @pytest.mark.slow
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        done = train(tmp_path, "--devices", "2", env={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-    assert done.returncode == 1, done.stderr
-    assert f"the port {port}, by which the processes of a run find each other, is in use" in done.stderr
-    assert "set MASTER_PORT to a free one" in " ".join(done.stderr.split())
-
-
-@pytest.mark.slow
 def test_the_example_on_two_devices(tmp_path: Path) -> None:
     """The example on two devices: each trains on its part, each held-out image counts once, one process reports."""
     example = Path(__file__).parents[1] / "examples" / "lightning_trainer.py"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,14 +12,12 @@ from ...errors import DataError, LocalError, RnodeError, SolverError, TrainingEr
 from ..runs.run import LAST
 
 if TYPE_CHECKING:
-    import pytorch_lightning as L
-
     from .folder import RunFolder
 
 
 @contextmanager
-def add_resume_hint(folder: RunFolder, trainer: L.Trainer) -> Iterator[None]:
-    """Add to an error how the run can continue, and end the other processes, which may wait for this one.
+def add_resume_hint(folder: RunFolder) -> Iterator[None]:
+    """Add to an error how the run can continue.
 
     Raises:
         RnodeError: the error, with the advice, as the same type. A SolverError becomes a TrainingError.
@@ -29,8 +25,6 @@ def add_resume_hint(folder: RunFolder, trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except RnodeError as error:
-        # a process that waits in a reduction would never notice that this one has left
-        end_other_processes(trainer)
         if (run := folder.opened) is not None and not run.path.is_dir():
             gone = f"the folder of the run, {run.path}, was removed or renamed."
             raise TrainingError(f"training stopped: {gone}") from error
@@ -70,12 +64,6 @@ def translate_errors() -> Iterator[None]:
         file = f" ({error.filename})" if error.filename else ""
         raise LocalError(f"the system refused: {error.strerror or error}{file}.") from error
     except torch.distributed.DistError as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            port = os.environ.get("MASTER_PORT", "of the run")
-            raise TrainingError(
-                f"the port {port}, by which the processes of a run find each other, is in use, maybe by another "
-                "run: set MASTER_PORT to a free one, the same on all machines."
-            ) from error
         raise _lost(first_line(error)) from error
     except (MemoryError, RuntimeError) as error:  # last, because DistError is a RuntimeError
         if "/gloo/" in str(error):  # its errors have no type of their own, and begin with a line of its source
@@ -96,19 +84,3 @@ def _lost(reason: str) -> TrainingError:
         f"the processes of this run cannot reach each other ({reason.rstrip('.')}). If one has ended, its message "
         "has the reason, unless the system killed it, for example because memory ran out."
     )
-
-
-def end_other_processes(trainer: L.Trainer) -> None:
-    """Kill the processes that this one has started, which would wait for this one forever."""
-    if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
-        launcher.kill(signal.SIGKILL)
-        let_others_end(trainer)
-
-
-def let_others_end(trainer: L.Trainer) -> None:
-    """Let the processes that this one has started end before it, with any exit code.
-
-    Lightning looks after them every five seconds, and would kill this process, which evaluates or has a message.
-    """
-    if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
-        getattr(launcher, "procs", []).clear()

@@ -25,6 +25,7 @@ from .checkpoints import facts_of, header_with, load_weights, parts_of
 from .datamodule import RecipeDataModule
 from .experiment import is_new, new_flow
 from .optimizers import learning_rate_factor, make_optimizer, rates_before
+from .plan import ROWS
 from .processes import of_all, refuse_other_runs, refuse_rounding
 from .step import Loss, StepTerms, loss_of, measure_batch
 
@@ -69,7 +70,6 @@ class RnodeModule(L.LightningModule):
             matching and equation 17, as the recipe says.
         facts: the facts of the training data, and of what the weights were trained on before. By default they are
             read from the checkpoint that the Trainer continues from, or else describe its data module.
-        to_loggers: whether the loggers of the Trainer get what is logged. Callbacks get it in any case.
 
     Attributes:
         flow, loss: the model and the loss.
@@ -96,7 +96,6 @@ class RnodeModule(L.LightningModule):
         flow: DensityModel | None = None,
         loss: Loss | None = None,
         facts: Facts | None = None,
-        to_loggers: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(recipe, Recipe):
@@ -106,8 +105,7 @@ class RnodeModule(L.LightningModule):
         self.recipe = recipe
         self.flow = new_flow(recipe) if flow is None else flow
         self.loss = loss_of(self.flow, recipe) if loss is None else loss
-        self.facts, self._compares = facts, facts is None  # the caller has compared the facts with the data
-        self._to_loggers = to_loggers
+        self.facts = facts
         self.parts: tuple[Part, ...] = ()
         # steps without a usable gradient, in the whole run, and since the last usable one
         self.skipped = self.skipped_in_row = 0
@@ -118,7 +116,6 @@ class RnodeModule(L.LightningModule):
         # the longest safe steps of the last solves of each device, or of each batch in the place of a device
         self._safe_steps: dict[int, dict[int, dict[str, float]]] = {}
         self._groups: list[dict[str, object]] = []  # settings of the optimizer; empty if a subclass makes its own
-        self._warned = False
 
     # a training step -------------------------------------------------------------------------------------------
 
@@ -181,7 +178,12 @@ class RnodeModule(L.LightningModule):
             shown = name in (f"train/{self.recipe.kind.metric}", "train/matching", "train/nfe")
             # as a tensor on the CPU: Lightning would copy a number to the device, which waits for the device
             value = value if isinstance(value, Tensor) else torch.tensor(float(value))
-            self.log(name, value, prog_bar=shown, logger=self._to_loggers)
+            self.log(name, value, prog_bar=shown, logger=self._logs)
+
+    @property
+    def _logs(self) -> bool:
+        """Whether loggers get what is logged. In a call to ``fit`` they get the rows of the run."""
+        return not any(each.state_key == ROWS for each in self.trainer.callbacks)  # pyright: ignore
 
     def _why_skipped(self) -> str:
         """Say why this step was skipped, and what to change."""
@@ -227,14 +229,11 @@ class RnodeModule(L.LightningModule):
         before = self.facts  # of a checkpoint, or of the first fit
         if self._is_fresh and weights:
             before = load_weights(self.flow, weights, recipe=self.recipe, data=data)
-        elif before is not None and data is not None and self._compares:
+        elif before is not None and data is not None and not before.describe(data):
             self._print(doubt(before, data))
         known = () if before is None and is_new(self.flow, self.recipe) else before and before.trained_on
-        if data is None:  # loaders of the user, whose samples are not those of a data set
-            self.facts = None
-        elif self._compares:
-            self.facts = Facts.of(data, self.recipe.data.given, trained_on=known)
-        self._compares = True
+        # loaders of the user have samples that are not those of a data set
+        self.facts = None if data is None else Facts.of(data, self.recipe.data.given, trained_on=known)
         self._is_fresh = False  # a second fit continues from the weights of the first
         if self.recipe.training.compile:
             self._print("the steps of the solver are compiled: the first training step takes longer")
@@ -314,17 +313,14 @@ class RnodeModule(L.LightningModule):
             shown = name == self.recipe.kind.metric
             # all processes have the same mean, which Lightning's own mean over them could round
             several = self.trainer.world_size > 1
-            self.log(
-                f"val/{name}", mean, prog_bar=shown, logger=self._to_loggers, sync_dist=several, reduce_fx="max"
-            )
+            self.log(f"val/{name}", mean, prog_bar=shown, logger=self._logs, sync_dist=several, reduce_fx="max")
 
     def on_validation_end(self) -> None:
-        """Warn once if the error of the training solver is larger than the kind allows."""
+        """Warn if the error of the training solver is larger than the kind allows."""
         gap = float(self.trainer.callback_metrics.get("val/gap", 0.0))
         matched = self.global_step <= self.recipe.matching != 0  # flow matching trains without any solver
-        if abs(gap) <= self.recipe.kind.max_gap or self._warned or matched or self.trainer.sanity_checking:
+        if abs(gap) <= self.recipe.kind.max_gap or matched or self.trainer.sanity_checking:
             return
-        self._warned = True
         rounds = "mixed" in str(self.trainer.precision)
         self._print(
             f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.recipe.kind.unit} "
@@ -372,6 +368,5 @@ class RnodeModule(L.LightningModule):
         self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
         self._safe_steps = progress["safe_steps"]
         self.parts = parts_of(checkpoint)
-        if self._compares:
-            self.facts = facts_of(checkpoint)
+        self.facts = facts_of(checkpoint)
         self._is_fresh = False

@@ -29,9 +29,9 @@ class TrainingInterrupted(BaseException):
     Like KeyboardInterrupt it is a BaseException, so that no ``except Exception`` takes it for a failure.
     """
 
-    def __init__(self, signal_name: str, *, at_once: bool = False) -> None:
+    def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)
-        self.signal_name, self.at_once = signal_name, at_once
+        self.signal_name = signal_name
 
 
 class StopAt(Callback):
@@ -142,4 +142,4 @@ class StopAt(Callback):
                 # not print, which raises an error if the signal has interrupted another print
                 os.write(2, f"\nStopping after this step or validation. {again} at once.\n".encode())
         elif signum != signal.SIGTERM or now - self._received_at >= 1.0:
-            raise TrainingInterrupted(name, at_once=True)
+            raise TrainingInterrupted(name)

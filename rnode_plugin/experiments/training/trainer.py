@@ -36,7 +36,7 @@ from ..text import count_of
 from .checkpoints import newest_intact, read_checkpoint
 from .datamodule import RecipeDataModule
 from .experiment import Experiment
-from .failures import add_resume_hint, end_other_processes, let_others_end, translate_errors
+from .failures import add_resume_hint, translate_errors
 from .folder import RunFolder
 from .grids import SampleGrids
 from .module import RnodeModule
@@ -262,14 +262,10 @@ def train(experiment: Experiment, plan: RunPlan, trainer: L.Trainer, hooks: Hook
     Raises:
         RnodeError: the training failed. The message names the checkpoint that the run can continue from.
     """
-    with add_resume_hint(hooks.folder, trainer), translate_errors():
-        # `Rows` writes to the loggers
-        module = RnodeModule(
-            experiment.recipe, flow=experiment.flow, loss=experiment.loss, facts=experiment.facts, to_loggers=False
-        )
+    with add_resume_hint(hooks.folder), translate_errors():
+        module = RnodeModule(experiment.recipe, flow=experiment.flow, loss=experiment.loss, facts=experiment.facts)
         # a run that was killed while its best weights were evaluated has no step left, and passes here at once
         stopped = _train(module, experiment, trainer, hooks)
-    let_others_end(trainer)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # a group that still exists when its process ends can abort the process, which would look like a failure
         torch.distributed.destroy_process_group()
@@ -304,10 +300,6 @@ def _train(module: RnodeModule, experiment: Experiment, trainer: L.Trainer, hook
     try:
         trainer.fit(module, samples, ckpt_path=None if resumed is None else resumed.checkpoint)
     except TrainingInterrupted as stop:
-        # between two steps all processes raise this together. A second signal may reach this process alone, and the
-        # others would wait for it in their next reduction
-        if stop.at_once:
-            end_other_processes(trainer)
         return stop.signal_name
     except SystemExit as stop:
         # Lightning's answer to a signal before `StopAt` takes the signals over, or after it has given them back.
