@@ -71,7 +71,7 @@ THEIRS = dict(vars(torchdyn_neuralde.NeuralODE))
 class NeuralODE(torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5 of the paper).
 
-    Without new arguments its results equal the results of torchdyn's class up to rounding, with the same number of
+    Without new arguments its states equal those of torchdyn's class up to rounding, with the same number of
     evaluations. torchdyn rounds the coefficients of a solver given by name to single precision. This class does so
     only for an adaptive solver and a state in single precision.
 
